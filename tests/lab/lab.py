@@ -1,0 +1,507 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The lab: three emulated Debian hypervisors that run real KVM guests.
+
+A lab lives in one folder (``build/lab``): ``lab.json`` says what runs, ``inventory.yml`` and ``ssh_config`` are for
+its users. Hosts are started from a snapshot of the booted host, so that they answer after seconds. Everything is
+started by us and ended by process id, checked against what we started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+import image
+from image import LabError
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+HOSTS = ("hv1", "hv2", "hv3")
+HOST_MEMORY_MIB = 4096
+BOOT_SECONDS = 900
+RESTORE_SECONDS = 300
+STORAGE = "10.77.1.100"
+STORAGE_PORT = 10809
+GUEST_NETWORK = "10.77.2.0/24"
+GUEST_GATEWAY = "10.77.2.2"
+# Guest addresses that a client outside reaches, by name of the forward: (address, port).
+FORWARDS = {"valkey": ("10.77.2.20", 6379)}
+
+
+def migration_address(name: str) -> str:
+    return f"10.77.1.1{number(name)}"
+
+
+def number(name: str) -> int:
+    return HOSTS.index(name) + 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """A process that we started: its id, and its start time, so that a reused id is never taken for it."""
+
+    @staticmethod
+    def start_time(pid: int):
+        try:
+            return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+        except (OSError, IndexError, ValueError):
+            return None
+
+    @staticmethod
+    def state(pid: int) -> str:
+        try:
+            return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (OSError, IndexError):
+            return "X"
+
+    @classmethod
+    def record(cls, pid: int) -> dict:
+        return {"pid": pid, "started": cls.start_time(pid)}
+
+    @classmethod
+    def alive(cls, record) -> bool:
+        return bool(record) and record["started"] is not None and cls.start_time(record["pid"]) == record["started"] and cls.state(record["pid"]) not in "ZX"
+
+    @classmethod
+    def end(cls, record, hard: bool = False) -> None:
+        for number_, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+            if not cls.alive(record):
+                return
+            if hard and number_ is signal.SIGTERM:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record["pid"], number_)
+            deadline = time.monotonic() + patience
+            while cls.alive(record) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+def accelerator() -> str:
+    """``kvm`` if a probe boot on /dev/kvm works and nested virtualisation is on, else ``tcg``."""
+    forced = os.environ.get("HECATON_LAB_ACCEL")
+    if forced:
+        return forced
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    nested = [p for p in ("/sys/module/kvm_intel/parameters/nested", "/sys/module/kvm_amd/parameters/nested") if os.path.exists(p)]
+    if not any(pathlib.Path(p).read_text().strip() in ("1", "Y") for p in nested):
+        return "tcg"
+    known = image.cache_root() / f"accelerator-{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    if known.exists():
+        return known.read_text().strip()
+    kernel = image.host_image() / "vmlinuz"
+    probe = subprocess.Popen(
+        ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults", "-display", "none", "-serial", "stdio",
+         "-kernel", str(kernel), "-append", "console=ttyS0 panic=-1", "-no-reboot"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace",
+    )  # fmt: skip
+    try:
+        output = probe.communicate(timeout=30)[0]
+    except subprocess.TimeoutExpired:
+        probe.kill()
+        output = probe.communicate()[0]
+    # Without a root file system the kernel gets as far as looking for one: then the CPU it runs on is a whole one.
+    result = "kvm" if "Unable to mount root fs" in output else "tcg"
+    known.write_text(result)
+    return result
+
+
+class Monitor:
+    """A host's QEMU monitor (QMP); the collection's own client is loaded from this tree."""
+
+    def __new__(cls, path):
+        spec = {}
+        source = (REPO / "plugins" / "module_utils" / "_qmp.py").read_text()
+        exec(compile(source, "_qmp.py", "exec"), spec)  # not importable as a package from here
+        return spec["QmpClient"](str(path), timeout=120)
+
+
+class Lab:
+    """A lab in a folder.
+
+    :param folder: where its state is; made by :meth:`up`.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder.resolve()
+        self.state_file = self.folder / "lab.json"
+        self.state = {}
+        with contextlib.suppress(OSError, ValueError):
+            self.state = json.loads(self.state_file.read_text())
+
+    # -- what others ask -------------------------------------------------------------------------------------------
+
+    @property
+    def inventory(self) -> pathlib.Path:
+        return self.folder / "inventory.yml"
+
+    def running(self, name: str) -> bool:
+        return Process.alive(self.state.get("hosts", {}).get(name, {}).get("process"))
+
+    def forward(self, name: str) -> int:
+        """The loopback port that leads to the guest address called ``name`` in FORWARDS."""
+        return self.state["forwards"][name]
+
+    def disks(self) -> pathlib.Path:
+        """The folder whose files the storage server exports, each under its own name."""
+        return pathlib.Path(self.state["run"]) / "disks"
+
+    def disk_uri(self, name: str) -> str:
+        return f"nbd://{STORAGE}:{STORAGE_PORT}/{name}"
+
+    def ssh(self, name: str, *command: str, check: bool = True, timeout: float = 300, stdin: str | None = None) -> subprocess.CompletedProcess:
+        """Runs a command on a host. :raises LabError: it failed (with ``check``) or the host didn't answer in time."""
+        if name not in self.state.get("hosts", {}):
+            raise LabError(f"{name} is not a host of this lab; the hosts are {', '.join(self.state.get('hosts', {})) or 'none: make lab first'}")
+        try:
+            done = subprocess.run(
+                ["ssh", "-F", str(self.folder / "ssh_config"), name, "--", *command],
+                capture_output=True, text=True, errors="replace", timeout=timeout, input=stdin if stdin is not None else "",
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as err:
+            raise LabError(f"{name} did not finish {' '.join(command)[:80]!r} in {timeout:g} s") from err
+        if check and done.returncode:
+            raise LabError(f"{name}: {' '.join(command)[:200]!r} ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-600:]}")
+        return done
+
+    # -- up and down -----------------------------------------------------------------------------------------------
+
+    def up(self) -> None:
+        """Starts what isn't running; a lab that is up already is left as it is."""
+        missing = image.missing_tools()
+        if missing:
+            raise LabError(f"the lab needs Debian packages that are not installed: apt-get install -y --no-install-recommends {' '.join(missing)}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with image.locked(self.folder / ".lock"):
+            if self.state and not Process.alive(self.state.get("hub")):
+                self._clear()
+            absent = [name for name in HOSTS if not self.running(name)]
+            if not absent:
+                print("lab: already up", flush=True)
+                return
+            started = time.monotonic()
+            self._check_memory(len(absent))
+            accel = accelerator()
+            snapshot = self._snapshot(accel)
+            try:
+                self._start(absent, accel, snapshot)
+            except LabError as err:
+                # A snapshot that doesn't come up is of no use to anyone: make it again, once.
+                print(f"lab: the saved hosts did not come up ({err}); booting them again", flush=True)
+                self._clear()
+                image.drop(snapshot)
+                self._start(list(HOSTS), accel, self._snapshot(accel))
+            except BaseException:
+                self._clear()
+                raise
+            print(f"lab: {', '.join(absent)} up in {time.monotonic() - started:.0f} s ({accel}); inventory {os.path.relpath(self.inventory)}", flush=True)
+
+    def down(self) -> None:
+        if self.folder.exists():
+            with image.locked(self.folder / ".lock"):
+                self._clear()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def kill(self, name: str) -> None:
+        """Cuts a host's power."""
+        Process.end(self.state["hosts"][name]["process"], hard=True)
+
+    def _check_memory(self, hosts: int) -> None:
+        available = int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]) // 1024
+        # Hosts use what their guests touch: half of what they are given covers every suite with room to spare.
+        wanted = hosts * HOST_MEMORY_MIB // 2
+        if available < wanted:
+            raise LabError(f"{hosts} lab hosts need about {wanted} MiB of free memory, and this machine has {available} MiB")
+
+    def _clear(self) -> None:
+        for host in self.state.get("hosts", {}).values():
+            Process.end(host.get("process"), hard=True)
+        Process.end(self.state.get("hub"))
+        if self.state.get("run"):
+            shutil.rmtree(self.state["run"], ignore_errors=True)
+        self.state = {}
+        self.state_file.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        temporary = self.state_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state, indent=1))
+        temporary.replace(self.state_file)
+
+    def _start(self, names: list, accel: str, snapshot: pathlib.Path | None) -> None:
+        """Starts hosts, from a snapshot or by booting them, and waits until each answers."""
+        if not self.state:
+            run = tempfile.mkdtemp(prefix="hecaton-lab-")  # short: unix socket paths are limited to 107 bytes
+            self.state = {"run": run, "hosts": {}, "forwards": {n: free_port() for n in FORWARDS}, "accelerator": accel}
+            (pathlib.Path(run) / "disks").mkdir()
+            self._save()
+        if not Process.alive(self.state.get("hub")):
+            self._start_hub()
+        for name in names:
+            old = self.state["hosts"].get(name, {})
+            self.state["hosts"][name] = {"ssh_port": old.get("ssh_port") or free_port(), "process": None}
+            self._start_host(name, accel, snapshot)
+        self._write_access()
+        self._wait(names, snapshot)
+
+    def _start_hub(self) -> None:
+        run = pathlib.Path(self.state["run"])
+        # A QEMU without a machine is a layer-2 hub in user space: hub 1 joins the hosts (and the storage server), hub 2
+        # the guests (and whoever outside talks to them). restrict=on: nothing leaves for the machine's own network.
+        forwards = "".join(f",hostfwd=tcp:127.0.0.1:{self.state['forwards'][n]}-{a}:{p}" for n, (a, p) in FORWARDS.items())
+        command = [
+            "qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-daemonize", "-pidfile", f"{run}/hub.pid",
+            "-netdev", f"user,id=storage,net=10.77.1.0/24,host=10.77.1.2,dns=10.77.1.3,dhcpstart=10.77.1.200,ipv6=off,restrict=on,"
+                       f"guestfwd=tcp:{STORAGE}:{STORAGE_PORT}-cmd:nbdkit -s -t 4 file dir={run}/disks",
+            "-netdev", "hubport,id=p1,hubid=1,netdev=storage",
+            "-netdev", f"user,id=outside,net={GUEST_NETWORK},host={GUEST_GATEWAY},dhcpstart=10.77.2.200,ipv6=off,restrict=on{forwards}",
+            "-netdev", "hubport,id=p2,hubid=2,netdev=outside",
+        ]  # fmt: skip
+        for hub, kind in ((1, "mig"), (2, "guest")):
+            for name in HOSTS:
+                command += ["-netdev", self._link(f"{kind}{name}", f"hub-{kind}-{name}", f"{kind}-{name}"),
+                            "-netdev", f"hubport,id=q{kind}{name},hubid={hub},netdev={kind}{name}"]  # fmt: skip
+        image.run(command)
+        self.state["hub"] = Process.record(int((run / "hub.pid").read_text()))
+        self._save()
+
+    def _link(self, ident: str, local: str, remote: str) -> str:
+        run = self.state["run"]
+        return f"dgram,id={ident},local.type=unix,local.path={run}/{local},remote.type=unix,remote.path={run}/{remote}"
+
+    @staticmethod
+    def _machine(name: str, accel: str) -> list:
+        """The part of a host's command line that a snapshot depends on."""
+        ident = f"77000000-0000-4000-8000-00000000001{number(name)}"
+        # Two vCPUs under multi-threaded TCG crash the host's kernel in KVM's self-modifying code: one.
+        cpu = ["-accel", "tcg", "-cpu", "max,-la57", "-smp", "1"] if accel == "tcg" else ["-accel", "kvm", "-cpu", "host", "-smp", "2"]
+        return [
+            "-name", name, "-machine", "q35", *cpu, "-m", str(HOST_MEMORY_MIB), "-nodefaults", "-display", "none", "-uuid", ident,
+            "-append", f"root=/dev/vda rw console=ttyS0 mitigations=off apparmor=0 systemd.hostname={name} systemd.machine_id={ident.replace('-', '')}",
+            "-device", f"virtio-net-pci,netdev=mgmt,mac=52:54:00:77:00:1{number(name)},romfile=",
+            "-device", f"virtio-net-pci,netdev=mig,mac=52:54:00:77:01:1{number(name)},romfile=",
+            "-device", f"virtio-net-pci,netdev=guest,mac=52:54:00:77:02:1{number(name)},romfile=",
+            "-device", "virtio-rng-pci",
+        ]  # fmt: skip
+
+    def _start_host(self, name: str, accel: str, snapshot) -> None:
+        run = pathlib.Path(self.state["run"])
+        host = self.state["hosts"][name]
+        base = image.host_image()
+        disk = run / f"{name}.qcow2"
+        backing = (snapshot / f"{name}.qcow2", "qcow2") if snapshot else (base / "root.raw", "raw")
+        image.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", backing[1], "-b", str(backing[0]), str(disk)])
+        for stale in (f"mig-{name}", f"guest-{name}", f"{name}.monitor"):
+            (run / stale).unlink(missing_ok=True)
+        command = [
+            "qemu-system-x86_64", *self._machine(name, accel), "-kernel", str(base / "vmlinuz"), "-initrd", str(base / "initrd.img"),
+            "-drive", f"file={disk},if=virtio,format=qcow2,cache=unsafe",
+            "-netdev", f"user,id=mgmt,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:{host['ssh_port']}-10.0.2.15:22",
+            "-netdev", self._link("mig", f"mig-{name}", f"hub-mig-{name}"),
+            "-netdev", self._link("guest", f"guest-{name}", f"hub-guest-{name}"),
+            "-serial", f"file:{run}/{name}.console", "-qmp", f"unix:{run}/{name}.monitor,server=on,wait=off",
+            "-daemonize", "-pidfile", f"{run}/{name}.pid",
+        ]  # fmt: skip
+        if snapshot:
+            command += ["-incoming", f"exec:zstd -dcq {snapshot}/{name}.state"]
+        image.run(command)
+        host["process"] = Process.record(int((run / f"{name}.pid").read_text()))
+        self._save()
+
+    def _write_access(self) -> None:
+        """The files by which people and Ansible reach the hosts."""
+        lab_keys = image.keys()
+        host_key = " ".join((lab_keys / "host.pub").read_text().split()[:2])
+        known, config, hosts = [], [], {}
+        for name in HOSTS:
+            port = self.state["hosts"].get(name, {}).get("ssh_port")
+            if not port:
+                continue
+            known.append(f"[127.0.0.1]:{port} {host_key}")
+            config.append(f"Host {name}\n  HostName 127.0.0.1\n  Port {port}\n")
+            hosts[name] = {"ansible_port": port, "vm_migration_address": migration_address(name)}
+        (self.folder / "known_hosts").write_text("\n".join(known) + "\n")
+        common = f"  User root\n  IdentityFile {lab_keys}/control\n  IdentitiesOnly yes\n  UserKnownHostsFile {self.folder}/known_hosts\n  LogLevel ERROR\n"
+        common += f"  BatchMode yes\n  ConnectTimeout 30\n  ControlMaster auto\n  ControlPersist 120\n  ControlPath {self.state['run']}/cm-%n\n"
+        (self.folder / "ssh_config").write_text("\n".join(config) + "\nHost *\n" + common)
+        inventory = {
+            "hypervisors": {
+                "hosts": hosts,
+                "vars": {
+                    "ansible_host": "127.0.0.1",
+                    "ansible_user": "root",
+                    "ansible_python_interpreter": "/usr/bin/python3",
+                    "ansible_ssh_private_key_file": str(lab_keys / "control"),
+                    "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder}/known_hosts -o IdentitiesOnly=yes -o LogLevel=ERROR",
+                    "ansible_pipelining": True,
+                    "ansible_timeout": 60,
+                },
+            }
+        }
+        # JSON is YAML: no library needed to write it.
+        self.inventory.write_text(json.dumps(inventory, indent=2) + "\n")
+
+    def _wait(self, names: list, snapshot) -> None:
+        deadline = time.monotonic() + (RESTORE_SECONDS if snapshot else BOOT_SECONDS)
+        console = pathlib.Path(self.state["run"])
+        waiting = list(names)
+        while waiting and not snapshot:
+            for name in list(waiting):
+                if b"lab-ready" in (console / f"{name}.console").read_bytes():
+                    waiting.remove(name)
+                elif not self.running(name):
+                    raise LabError(f"{name} ended while it booted; the end of its console:\n{(console / f'{name}.console').read_text(errors='replace')[-800:]}")
+            if waiting and time.monotonic() > deadline:
+                raise LabError(f"{', '.join(waiting)} did not boot in {BOOT_SECONDS} s; the console is in {console}")
+            time.sleep(0.5)
+
+        def answers(name):
+            while True:
+                # A restored host lives at the time it was saved: tell it what time it is.
+                try:
+                    self.ssh(name, f"date -s @{time.time():.0f} >/dev/null && test -c /dev/kvm && systemctl is-active -q libvirtd", timeout=60)
+                    return
+                except LabError as err:
+                    if not self.running(name) or time.monotonic() > deadline:
+                        raise LabError(f"{name} does not answer over ssh: {err}") from err
+                    time.sleep(1)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for result in [pool.submit(answers, name) for name in names]:
+                result.result()
+
+    def _snapshot(self, accel: str) -> pathlib.Path:
+        """The cached folder with the booted hosts' memory and disks."""
+        version = image.run(["qemu-system-x86_64", "--version"]).stdout.splitlines()[0]
+        key = image.digest(image.host_image().name, version, *[" ".join(self._machine(n, accel)) for n in HOSTS])
+
+        def build(folder):
+            scratch = Lab(folder / "scratch")
+            scratch.folder.mkdir()
+            try:
+                scratch._start(list(HOSTS), accel, None)
+                with concurrent.futures.ThreadPoolExecutor() as pool:
+                    list(pool.map(lambda name: scratch._save_host(name, folder), HOSTS))
+            finally:
+                scratch._clear()
+                shutil.rmtree(scratch.folder, ignore_errors=True)
+
+        return image.entry("snapshot", key, build)
+
+    def _save_host(self, name: str, folder: pathlib.Path) -> None:
+        run = pathlib.Path(self.state["run"])
+        # Let what booting started settle, and keep no log of it that grows with every restore.
+        self.ssh(name, "systemctl is-system-running --wait >/dev/null; journalctl -q --rotate --vacuum-size=1M; sync; echo 3 > /proc/sys/vm/drop_caches")
+        monitor = Monitor(run / f"{name}.monitor")
+        with monitor:
+            monitor.execute("stop")
+            monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+            monitor.execute("migrate", {"uri": f"exec:zstd -1 -q -f -o {folder}/{name}.state"})
+            deadline = time.monotonic() + 300
+            while monitor.execute("query-migrate").get("status") not in ("completed", "failed"):
+                if time.monotonic() > deadline:
+                    raise LabError(f"{name} could not be saved in 300 s")
+                time.sleep(0.2)
+            if monitor.execute("query-migrate")["status"] == "failed":
+                raise LabError(f"{name} could not be saved: {monitor.execute('query-migrate')}")
+            monitor.execute("quit")
+        deadline = time.monotonic() + 30
+        while self.running(name) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        shutil.move(run / f"{name}.qcow2", folder / f"{name}.qcow2")
+
+    # -- what tests and people do to it ----------------------------------------------------------------------------
+
+    def bandwidth(self, mbit: float | None) -> None:
+        """Limits what each host sends on the migration network to ``mbit`` Mbit/s; None lifts the limit."""
+        for name in HOSTS:
+            change = f"tc qdisc replace dev mig0 root tbf rate {mbit}mbit burst 256k latency 200ms" if mbit else "tc qdisc del dev mig0 root 2>/dev/null; true"
+            self.ssh(name, change)
+
+    def status(self) -> list:
+        rows = []
+        for name in HOSTS:
+            host = self.state.get("hosts", {}).get(name)
+            row = {"host": name, "running": self.running(name), "ssh": None, "guests": None, "memory_free_mib": None}
+            if row["running"]:
+                row["ssh"] = f"127.0.0.1:{host['ssh_port']}"
+                try:
+                    seen = self.ssh(name, "cat /proc/loadavg; grep MemAvailable /proc/meminfo; pgrep -c qemu-system || true", timeout=30).stdout.split()
+                    row.update(load=float(seen[0]), memory_free_mib=int(seen[6]) // 1024, guests=int(seen[8]))
+                except (LabError, IndexError, ValueError) as err:
+                    row["error"] = str(err)
+            rows.append(row)
+        return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=pathlib.Path, default=REPO / "build" / "lab", help="the lab's folder (default: build/lab)")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("up", help="start the hosts and write the inventory")
+    verbs.add_parser("down", help="end everything the lab started and remove its folder")
+    verbs.add_parser("status", help="say what runs")
+    verbs.add_parser("image", help="only build and cache the image and the snapshot")
+    one = verbs.add_parser("ssh", help="open a shell on a host, or run a command")
+    one.add_argument("host")
+    one.add_argument("command", nargs=argparse.REMAINDER)
+    one = verbs.add_parser("bandwidth", help="limit the migration network")
+    one.add_argument("mbit", type=float, help="Mbit/s each host may send; 0 lifts the limit")
+    one = verbs.add_parser("kill", help="cut a host's power (up starts it afresh)")
+    one.add_argument("host")
+    args = parser.parse_args()
+    lab = Lab(args.dir)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if args.verb == "up":
+            lab.up()
+        elif args.verb == "down":
+            lab.down()
+        elif args.verb == "image":
+            lab._snapshot(accelerator())
+        elif args.verb == "status":
+            rows = lab.status()
+            for row in rows:
+                if row["running"]:
+                    print(f"{row['host']}  up    ssh {row['ssh']}  guests {row['guests']}  free {row['memory_free_mib']} MiB" + (f"  {row['error']}" if row.get("error") else ""))
+                else:
+                    print(f"{row['host']}  down")
+            return 0 if all(row["running"] and not row.get("error") for row in rows) else 1
+        elif args.verb == "bandwidth":
+            lab.bandwidth(args.mbit or None)
+        elif args.host not in lab.state.get("hosts", {}):
+            known = ", ".join(lab.state.get("hosts", {}))
+            raise LabError(f"no host {args.host!r}: " + (f"the lab's hosts are {known}" if known else "the lab is down, start it with: make lab"))
+        elif args.verb == "ssh":
+            return subprocess.call(["ssh", "-F", str(lab.folder / "ssh_config"), args.host, *(["--", shlex.join(args.command)] if args.command else [])])
+        elif args.verb == "kill":
+            lab.kill(args.host)
+    except LabError as err:
+        print(f"lab: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
