@@ -1,0 +1,70 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+#
+# A front to the scripts in tests/. `make` alone says what there is.
+
+PYTHON ?= python3
+SCENARIO ?= evacuate
+HOST ?= hv1
+# More arguments for a check, like ARGS="tests/unit/plugins/modules -k cordon".
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule bench clean
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: collection ## Show an evacuation from start to end, in the lab
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/demo.py $(ARGS)
+
+test: ## Run all checks; the last line counts them
+	@$(PYTHON) tests/run.py $(ARGS)
+
+lint: ## Check style, with all linters
+	@$(PYTHON) tests/checks.py lint
+
+sanity: ## Run ansible-test sanity
+	@$(PYTHON) tests/checks.py sanity $(ARGS)
+
+units: ## Run the unit tests
+	@$(PYTHON) tests/checks.py units $(ARGS)
+
+report: ## Test the report's page in a browser
+	@$(PYTHON) tests/checks.py report $(ARGS)
+
+collection: ## Build the collection and install it in build/collections
+	@$(PYTHON) tests/tree.py install
+
+venv: ## Make the development environment, and say where it is
+	@$(PYTHON) tests/devenv.py
+
+needs: ## Install the Debian packages that are missing
+	@$(PYTHON) tests/needs.py
+
+lab: ## Start the lab: three hypervisors, emulated
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/lab/lab.py up
+
+lab-ssh: ## Log in to a host of the lab: make lab-ssh HOST=hv1
+	@$(PYTHON) tests/lab/lab.py ssh $(HOST)
+
+lab-status: ## Say what runs in the lab
+	@$(PYTHON) tests/lab/lab.py status
+
+lab-down: ## Stop the lab
+	@$(PYTHON) tests/lab/lab.py down
+
+molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacuate
+	@$(PYTHON) tests/needs.py lab
+	@venv=$$($(PYTHON) tests/devenv.py) && cd build/collections/ansible_collections/hecaton/fleet/extensions && \
+	  PATH="$$venv/bin:$$PATH" ANSIBLE_COLLECTIONS_PATH="$(CURDIR)/build/collections" HECATON_CHECKOUT="$(CURDIR)" \
+	  molecule test --scenario-name $(SCENARIO)
+
+bench: ## Measure, in the lab
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/bench/bench.py $(ARGS)
+
+clean: ## Remove what was built in this checkout; the cache stays
+	@rm -rf build
