@@ -42,13 +42,11 @@ SEARCH_BUDGET = 200000
 
 # Flags of /proc/cpuinfo that describe the host's kernel, power management or hypervisor side, which no guest sees: they
 # differ between kernel versions on one and the same CPU.
-HOST_ONLY_FEATURES = frozenset(
-    """acc_power acpi aperfmperf arat art bts cat_l2 cat_l3 cdp_l2 cdp_l3 constant_tsc cpuid cqm cqm_llc cqm_mbm_local
+HOST_ONLY_FEATURES = frozenset("""acc_power acpi aperfmperf arat art bts cat_l2 cat_l3 cdp_l2 cdp_l3 constant_tsc cpuid cqm cqm_llc cqm_mbm_local
     cqm_mbm_total cqm_occup_llc dtes64 dtherm dts ept ept_ad epb est extd_apicid flexpriority hw_pstate hwp hwp_act_window hwp_epp
     hwp_notify hwp_pkg_req ibrs_enhanced ida intel_ppin intel_pt invpcid_single mba monitor nonstop_tsc nonstop_tsc_s3 nopl pbe
     pebs pln proc_feedback pti pts rapl rep_good retpoline retpoline_amd ring3mwait rsb_ctxsw rdt_a sdbg split_lock_detect swap
-    tm tm2 tpr_shadow tsc_known_freq tsc_reliable user_shstk vnmi vpid xtopology xtpr""".split()
-)
+    tm tm2 tpr_shadow tsc_known_freq tsc_reliable user_shstk vnmi vpid xtopology xtpr""".split())
 
 
 class PlanError(Exception):
@@ -93,9 +91,7 @@ class Options:
             raise PlanError(f"pinned must be a mapping of VM names to a host or null, not {_kind_of(self.pinned)}")
         for vm, host in self.pinned.items():
             if host is not None and not isinstance(host, str):
-                raise PlanError(
-                    f"pinned[{vm}] must be the name of a host, or null to keep the VM where it is, not {_kind_of(host)}"
-                )
+                raise PlanError(f"pinned[{vm}] must be the name of a host, or null to keep the VM where it is, not {_kind_of(host)}")
         self._check_range("memory_reserve_mib", 0)
         self._check_range("per_source", 1, whole=True)
         self._check_range("per_destination", 1, whole=True)
@@ -175,13 +171,7 @@ class Vm:
         return self.state in ("running", "paused", "incoming")
 
 
-_KINDS = {
-    "text": (str,),
-    "a number": (int, float),
-    "a list": (list, tuple),
-    "a mapping": (dict,),
-    "true or false": (bool,),
-}
+_KINDS = {"text": (str,), "a number": (int, float), "a list": (list, tuple), "a mapping": (dict,), "true or false": (bool,)}
 _REQUIRED = object()
 
 
@@ -195,12 +185,8 @@ def _get(mapping, key, kind, where, default=_REQUIRED):
     if value is None:
         if default is not _REQUIRED:
             return default
-        raise PlanError(
-            f"facts: {where} has no {key!r}; it must be {kind}. Gather the facts with hecaton.fleet.vm_info"
-        )
-    if not isinstance(value, _KINDS[kind]) or (
-        kind == "a number" and (isinstance(value, bool) or not 0 <= value < math.inf)
-    ):
+        raise PlanError(f"facts: {where} has no {key!r}; it must be {kind}. Gather the facts with hecaton.fleet.vm_info")
+    if not isinstance(value, _KINDS[kind]) or (kind == "a number" and (isinstance(value, bool) or not 0 <= value < math.inf)):
         wanted = "a number, 0 or more" if kind == "a number" else kind
         raise PlanError(f"facts: {key!r} of {where} must be {wanted}, not {_kind_of(value)}")
     return value
@@ -218,14 +204,9 @@ def _blockers(mapping, where):
     blockers = []
     for blocker in _get(mapping, "blockers", "a list", where, ()):
         if not isinstance(blocker, dict):
-            raise PlanError(
-                f"facts: 'blockers' of {where} must be a list of {{code, message}}, but holds {_kind_of(blocker)}"
-            )
+            raise PlanError(f"facts: 'blockers' of {where} must be a list of {{code, message}}, but holds {_kind_of(blocker)}")
         blockers.append(
-            {
-                "code": _get(blocker, "code", "text", f"a blocker of {where}"),
-                "message": _get(blocker, "message", "text", f"a blocker of {where}", ""),
-            }
+            {"code": _get(blocker, "code", "text", f"a blocker of {where}"), "message": _get(blocker, "message", "text", f"a blocker of {where}", "")}
         )
     return blockers
 
@@ -235,10 +216,7 @@ def _engines(mapping, where, default=_REQUIRED):
     for name, engine in _get(mapping, "engines", "a mapping", where, default).items():
         if not isinstance(engine, dict):
             raise PlanError(f"facts: engine {name!r} of {where} must be {{usable, blockers}}, not {_kind_of(engine)}")
-        engines[name] = (
-            _get(engine, "usable", "true or false", f"engine {name!r} of {where}"),
-            _blockers(engine, f"engine {name!r} of {where}"),
-        )
+        engines[name] = (_get(engine, "usable", "true or false", f"engine {name!r} of {where}"), _blockers(engine, f"engine {name!r} of {where}"))
     return engines
 
 
@@ -542,9 +520,7 @@ class Placement:
     def candidates(self, unit, most_free, count, avoid=None):
         """Hosts that admit the unit: the `count` with the most (or the least) free memory of each kind."""
         if unit.only is not None:
-            found = [
-                host for host in unit.only if host is not avoid and host.kind in unit.kinds and self.admits(host, unit)
-            ]
+            found = [host for host in unit.only if host is not avoid and host.kind in unit.kinds and self.admits(host, unit)]
         else:
             found = []
             for kind in unit.kinds:
@@ -572,10 +548,7 @@ class Placement:
         if not found:
             return None, ""
         enough = (self.free[found[0]] - unit.need) / 2
-        host = min(
-            (host for host in found if self.free[host] - unit.need >= enough),
-            key=lambda host: (self.incoming[host], -self.free[host], host.rank),
-        )
+        host = min((host for host in found if self.free[host] - unit.need >= enough), key=lambda host: (self.incoming[host], -self.free[host], host.rank))
         return host, "most free memory" if host is found[0] else "enough free memory, and fewer VMs arrive there"
 
     def score(self):
@@ -671,9 +644,7 @@ def _swap_two(placement, unit, hosts, budget):
 
 def _rearrange(placement, new_hosts, unit):
     """Put units on new hosts, those that have one already too; all of them or none."""
-    before = [
-        (other, placement.reason_of[other], placement.take(other)) for other, _new in new_hosts if other is not unit
-    ]
+    before = [(other, placement.reason_of[other], placement.take(other)) for other, _new in new_hosts if other is not unit]
     done = []
     for other, host in new_hosts:
         if not placement.accepts(host, other):
@@ -701,9 +672,7 @@ def _search(placement, units):
         placement.take(unit)
     groups = {group for unit in units for group in unit.anti}
     told_apart = {host for unit in units for host in unit.only or ()}
-    told_apart.update(
-        host for host in placement.hosts if any(_name_taken(host, vm) for unit in units for vm in unit.vms)
-    )
+    told_apart.update(host for host in placement.hosts if any(_name_taken(host, vm) for unit in units for vm in unit.vms))
     single = all(len(unit.vms) == 1 for unit in units)
     budget = SEARCH_BUDGET
     total_free = sum(max(0.0, free) for free in placement.free.values())
@@ -783,20 +752,12 @@ def _prepare_moves(moves, options):
     for (_source, destination), count in pairs.items():
         arriving[destination] += min(options.per_source, count)
     for move in moves:
-        side_by_side = max(
-            min(options.per_source, leaving[move.vm.host]), min(options.per_destination, arriving[move.to])
-        )
+        side_by_side = max(min(options.per_source, leaving[move.vm.host]), min(options.per_destination, arriving[move.to]))
         move.share = options.bandwidth_mib_s / side_by_side
         move.dirty = UNKNOWN_DIRTY_SHARE * move.share if move.vm.dirty_rate is None else move.vm.dirty_rate
         move.wanted_s = move.vm.memory / (move.share - min(move.dirty, MAX_DIRTY_SHARE * move.share))
     # Big and hot first: they take longest, and everything else fits around them.
-    moves.sort(
-        key=lambda move: (
-            -(move.vm.memory + min(move.dirty, move.share) * move.wanted_s),
-            move.vm.name,
-            move.vm.host.rank,
-        )
-    )
+    moves.sort(key=lambda move: (-(move.vm.memory + min(move.dirty, move.share) * move.wanted_s), move.vm.name, move.vm.host.rank))
 
 
 def _converges(move):
@@ -901,9 +862,7 @@ def _schedule(moves, options, warnings):
             )
     unknown = [move.vm.name for move in moves if move.vm.dirty_rate is None]
     if unknown:
-        warnings.append(
-            f"the dirty rate of {_list_of(unknown)} is not known: counted as {UNKNOWN_DIRTY_SHARE:.0%} of the VM's share of the link"
-        )
+        warnings.append(f"the dirty rate of {_list_of(unknown)} is not known: counted as {UNKNOWN_DIRTY_SHARE:.0%} of the VM's share of the link")
 
     def run(scale):
         _set_precopy(moves, scale, options)
@@ -937,9 +896,7 @@ def _meet_deadline(moves, options, warnings, run):
                 high = middle
         end, peak = run(low)
     cut = f"{low:.0%} of what the VMs would like" if low else f"the minimum of {options.precopy_min_s} s"
-    warnings.append(
-        f"pre-copy is cut to {cut}, to meet the deadline of {options.deadline_s:g} s; more is fetched after the switch"
-    )
+    warnings.append(f"pre-copy is cut to {cut}, to meet the deadline of {options.deadline_s:g} s; more is fetched after the switch")
     return end, peak, True
 
 
@@ -985,23 +942,15 @@ class _Planner:
         if not names:
             if not (options.vms and options.destinations):
                 raise PlanError("no source: name the host to evacuate, or the VMs to move and their destination")
-            names = [
-                name
-                for name, host in sorted(hosts.items())
-                if name not in options.destinations and host.kind is not None
-            ]
+            names = [name for name, host in sorted(hosts.items()) if name not in options.destinations and host.kind is not None]
         for name in names:
             if name not in hosts:
-                raise PlanError(
-                    f"unknown source host {name!r}: the facts are of {_list_of(sorted(hosts)) or 'no host at all'}"
-                )
+                raise PlanError(f"unknown source host {name!r}: the facts are of {_list_of(sorted(hosts)) or 'no host at all'}")
             if hosts[name].kind is None:
                 raise PlanError(f"source host {name} is {hosts[name].reason}: nothing can be moved away from it")
         for vm, host in options.pinned.items():
             if host is not None and host not in hosts:
-                raise PlanError(
-                    f"pinned: {vm} is pinned to {host!r}, which is none of the hosts: {_list_of(sorted(hosts))}"
-                )
+                raise PlanError(f"pinned: {vm} is pinned to {host!r}, which is none of the hosts: {_list_of(sorted(hosts))}")
         return [hosts[name] for name in dict.fromkeys(names)]
 
     def _find_destinations(self):
@@ -1015,11 +964,7 @@ class _Planner:
                 host.usable, host.reason = False, "it is being evacuated"
             elif asked is not None and host.name not in asked and host.usable:
                 host.usable, host.reason = False, "not among the destinations asked for"
-        found = [
-            host
-            for _name, host in sorted(hosts.items())
-            if host not in sources and (asked is None or host.name in asked)
-        ]
+        found = [host for _name, host in sorted(hosts.items()) if host not in sources and (asked is None or host.name in asked)]
         if not found:
             if asked == []:
                 raise PlanError("no destination: the list of destinations is empty")
@@ -1108,9 +1053,7 @@ class _Planner:
                 vm = where[0]
                 already = "already" if vm.host in self.destinations else "not on a source, but"
                 state = "" if vm.active else f", {vm.state}"
-                entry.update(
-                    {"driver": vm.driver, "from": vm.host.name, "reason": f"{already} on {vm.host.name}{state}"}
-                )
+                entry.update({"driver": vm.driver, "from": vm.host.name, "reason": f"{already} on {vm.host.name}{state}"})
             self.skipped.append(entry)
             if not where:
                 self.warnings.append(f"{name} should move, but is on none of the hosts")
@@ -1131,11 +1074,7 @@ class _Planner:
         self._check_engines(vm)
         usable = self._check_pin(vm)
         if not usable:
-            self._block(
-                vm,
-                "no_destination",
-                f"no destination can be used: {_list_of(f'{host.name} is {host.reason}' for host in self.destinations)}",
-            )
+            self._block(vm, "no_destination", f"no destination can be used: {_list_of(f'{host.name} is {host.reason}' for host in self.destinations)}")
             return
         if usable is self.usable:
             kinds = self.usable_by_kind
@@ -1149,11 +1088,7 @@ class _Planner:
             for code, texts in by_code.items():
                 self._block(vm, code, "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else ""))
         if vm in self.blocked and vm.memory > self.most_free:
-            self._block(
-                vm,
-                "no_room",
-                f"it needs {vm.memory:g} MiB, and no destination has more than {max(0, self.most_free):g} MiB above the reserve",
-            )
+            self._block(vm, "no_room", f"it needs {vm.memory:g} MiB, and no destination has more than {max(0, self.most_free):g} MiB above the reserve")
 
     def _check_engines(self, vm):
         if _usable_engines(vm, self.options):
@@ -1216,21 +1151,13 @@ class _Planner:
         pins = {self.options.pinned[vm.name]: vm for vm in unit.vms if vm.name in self.options.pinned}
         if len(pins) > 1:
             for vm in unit.vms:
-                self._block(
-                    vm,
-                    "affinity",
-                    f"{unit.label} belong together, but are pinned to different hosts: {_list_of(sorted(pins))}",
-                )
+                self._block(vm, "affinity", f"{unit.label} belong together, but are pinned to different hosts: {_list_of(sorted(pins))}")
             return False
         groups = [group for vm in unit.vms for group in self.anti_affinity.get(vm.name, ())]
         twice = sorted({group for group in groups if groups.count(group) > 1}) if len(unit.vms) > 1 else []
         if twice:
             for vm in unit.vms:
-                self._block(
-                    vm,
-                    "anti_affinity",
-                    f"{unit.label} must share a host by affinity and must not by anti-affinity group {twice[0]}",
-                )
+                self._block(vm, "anti_affinity", f"{unit.label} must share a host by affinity and must not by anti-affinity group {twice[0]}")
             return False
         unit.anti = tuple(dict.fromkeys(groups))
         if pins:
@@ -1240,40 +1167,19 @@ class _Planner:
         return self._stay_together(unit, staying)
 
     def _stay_together(self, unit, staying):
-        others = {
-            other: group
-            for vm in unit.vms
-            for group in self.affinity.get(vm.name, ())
-            for other in staying.get(group, ())
-        }
+        others = {other: group for vm in unit.vms for group in self.affinity.get(vm.name, ()) for other in staying.get(group, ())}
         if not others:
             return True
         elsewhere = [other for other in others if other.host not in self.sources]
-        allowed = list(
-            dict.fromkeys(
-                other.host
-                for other in elsewhere
-                if other.host.usable and (unit.only is None or other.host in unit.only)
-            )
-        )
+        allowed = list(dict.fromkeys(other.host for other in elsewhere if other.host.usable and (unit.only is None or other.host in unit.only)))
         if not allowed:
             other = elsewhere[0] if elsewhere else next(iter(others))
-            why = (
-                "stays there"
-                if other.host in self.sources
-                else f"that host can't be used: {other.host.reason or 'a pin names another one'}"
-            )
+            why = "stays there" if other.host in self.sources else f"that host can't be used: {other.host.reason or 'a pin names another one'}"
             for vm in unit.vms:
-                self._block(
-                    vm,
-                    "affinity",
-                    f"affinity group {others[other]} wants it on one host with {other.name} on {other.host.name}, and {why}",
-                )
+                self._block(vm, "affinity", f"affinity group {others[other]} wants it on one host with {other.name} on {other.host.name}, and {why}")
             return False
         if len(allowed) > 1:
-            self.warnings.append(
-                f"{unit.label} should be on one host with VMs that are on several: {_list_of(host.name for host in allowed)}"
-            )
+            self.warnings.append(f"{unit.label} should be on one host with VMs that are on several: {_list_of(host.name for host in allowed)}")
         unit.only = sorted(allowed, key=lambda host: host.rank)
         other = next(other for other in elsewhere if other.host in allowed)
         unit.only_reason = f"with {other.name}, by affinity group {others[other]}"
@@ -1282,11 +1188,7 @@ class _Planner:
     def _apply_kinds(self, unit, kinds_of):
         key = frozenset(vm.kind for vm in unit.vms)
         if key not in kinds_of:
-            kinds_of[key] = tuple(
-                kind
-                for kind in self.usable_by_kind
-                if not any(self.compatibility.mismatches(vm, kind) for vm in unit.vms)
-            )
+            kinds_of[key] = tuple(kind for kind in self.usable_by_kind if not any(self.compatibility.mismatches(vm, kind) for vm in unit.vms))
         unit.kinds = kinds_of[key]
         hosts = unit.only if unit.only is not None else None
         if unit.kinds and (hosts is None or any(host.kind in unit.kinds for host in hosts)):
@@ -1298,15 +1200,10 @@ class _Planner:
             where = "together on any one destination"
             kinds = {kind: found[0] for kind, found in self.usable_by_kind.items()}
         reasons = [
-            f"{host.name}: {vm.name}: {text}"
-            for kind, host in kinds.items()
-            for vm in unit.vms
-            for _code, text in self.compatibility.mismatches(vm, kind)
+            f"{host.name}: {vm.name}: {text}" for kind, host in kinds.items() for vm in unit.vms for _code, text in self.compatibility.mismatches(vm, kind)
         ]
         for vm in unit.vms:
-            self._block(
-                vm, "affinity", f"{unit.label} can't run {where}, as its affinity group asks: {'; '.join(reasons[:5])}"
-            )
+            self._block(vm, "affinity", f"{unit.label} can't run {where}, as its affinity group asks: {'; '.join(reasons[:5])}")
         return False
 
     def _anti_by_host(self, units):
@@ -1352,11 +1249,7 @@ class _Planner:
             if where:
                 for vm in unit.vms:
                     if group in self.anti_affinity.get(vm.name, ()):
-                        self._block(
-                            vm,
-                            "anti_affinity",
-                            f"anti-affinity group {group} keeps it off {_list_of(where)}, where another of the group is or goes",
-                        )
+                        self._block(vm, "anti_affinity", f"anti-affinity group {group} keeps it off {_list_of(where)}, where another of the group is or goes")
         for vm in unit.vms:
             where = [host.name for host in hosts if _name_taken(host, vm)]
             if where:
@@ -1387,10 +1280,7 @@ class _Planner:
             "feasible": in_time and not blocked,
             "concurrency": {"per_source": options.per_source, "per_destination": options.per_destination, "peak": peak},
             "moves": [_move_entry(order, move) for order, move in enumerate(moves, 1)],
-            "blocked": [
-                {"vm": vm.name, "driver": vm.driver, "from": vm.host.name, "blockers": self.blocked[vm]}
-                for vm in blocked
-            ],
+            "blocked": [{"vm": vm.name, "driver": vm.driver, "from": vm.host.name, "blockers": self.blocked[vm]} for vm in blocked],
             "skipped": self.skipped,
             "hosts": [
                 {
@@ -1462,11 +1352,7 @@ def render_table(plan):
         ]
         lines += ["", "Blocked: these can't leave", *_columns(rows)]
     if plan["skipped"]:
-        lines += [
-            "",
-            "Skipped",
-            *_columns([(entry["vm"], entry["from"] or "-", entry["reason"]) for entry in plan["skipped"]]),
-        ]
+        lines += ["", "Skipped", *_columns([(entry["vm"], entry["from"] or "-", entry["reason"]) for entry in plan["skipped"]])]
     lines += ["", "Hosts", *_host_lines(plan)]
     if plan["warnings"]:
         lines += ["", "Warnings", *(f"  {warning}" for warning in plan["warnings"])]
@@ -1492,15 +1378,7 @@ def _host_lines(plan):
         hosts = [host for host in hosts if host["incoming"] or host["name"] in sources]
     rows = [("host", "free now", "free after", "arriving", "")]
     for host in hosts:
-        rows.append(
-            (
-                host["name"],
-                f"{host['memory_free_before_mib']} MiB",
-                f"{host['memory_free_after_mib']} MiB",
-                str(host["incoming"]),
-                host["reason"],
-            )
-        )
+        rows.append((host["name"], f"{host['memory_free_before_mib']} MiB", f"{host['memory_free_after_mib']} MiB", str(host["incoming"]), host["reason"]))
     lines = _columns(rows, right={1, 2, 3})
     if len(hosts) < len(plan["hosts"]):
         lines.append(f"  and {len(plan['hosts']) - len(hosts)} hosts that nothing moves to")
@@ -1510,10 +1388,6 @@ def _host_lines(plan):
 def _columns(rows, right=frozenset()):
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
+        "  " + "  ".join(cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))).rstrip()
         for row in rows
     ]

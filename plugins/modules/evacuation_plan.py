@@ -331,13 +331,7 @@ table:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.hecaton.fleet.plugins.module_utils._planner import (
-    ENGINES,
-    Options,
-    PlanError,
-    make_plan,
-    render_table,
-)
+from ansible_collections.hecaton.fleet.plugins.module_utils._planner import ENGINES, Options, PlanError, make_plan, render_table
 
 
 def argument_spec():

@@ -79,10 +79,7 @@ def big_fleet(case, seed=1):
         memory = rng.choice([2048, 4096, 8192, 16384])
         vms[loaded[number % len(loaded)]].append(vm_facts(f"vm{number:05}", memory, mode, rng.uniform(0, 200), anti))
     room = 4096 if "too little" in case else 524288
-    facts = [
-        {"host": host_facts(name, room + rng.randrange(16384), number % 3), "vms": vms[name]}
-        for number, name in enumerate(hosts)
-    ]
+    facts = [{"host": host_facts(name, room + rng.randrange(16384), number % 3), "vms": vms[name]} for number, name in enumerate(hosts)]
     return facts, hosts[:500] if loaded is not hosts else hosts[:50]
 
 
@@ -121,9 +118,7 @@ def small_instance(rng):
 
 
 def planned(planner, sizes, free, group):
-    vms = [
-        vm_facts(f"vm{number}", size, anti=["group"] if number in group else []) for number, size in enumerate(sizes)
-    ]
+    vms = [vm_facts(f"vm{number}", size, anti=["group"] if number in group else []) for number, size in enumerate(sizes)]
     facts = [{"host": host_facts("source", 0), "vms": vms}]
     facts += [{"host": host_facts(f"hv{number}", space), "vms": []} for number, space in enumerate(free)]
     plan = planner.make_plan(facts, planner.Options(sources=["source"], memory_reserve_mib=0))
@@ -197,9 +192,7 @@ def packing(planner, instances, seed=1):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--instances", type=int, default=500, help="small fleets to solve to the optimum (default: 500)"
-    )
+    parser.add_argument("--instances", type=int, default=500, help="small fleets to solve to the optimum (default: 500)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each big fleet; the best counts (default: 3)")
     parser.add_argument("--limit-s", type=float, default=10, help="exit 1 if a big fleet takes longer (default: 10)")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "build" / "bench" / "planner.json")

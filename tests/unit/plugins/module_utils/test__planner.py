@@ -54,10 +54,7 @@ def vm(name, memory=1024, **facts):
 def engines(precopy=(), userfault=()):
     """Engines of a VM, each with what keeps the VM from using it."""
     found = {"precopy": precopy, "userfault": userfault}
-    return {
-        name: {"usable": not messages, "blockers": [{"code": "hugetlb_memory", "message": text} for text in messages]}
-        for name, messages in found.items()
-    }
+    return {name: {"usable": not messages, "blockers": [{"code": "hugetlb_memory", "message": text} for text in messages]} for name, messages in found.items()}
 
 
 def cpu(vendor="AuthenticAMD", arch="x86_64", features=()):
@@ -77,13 +74,7 @@ def codes(plan):
 
 
 def message(plan, name, code):
-    (text,) = [
-        blocker["message"]
-        for entry in plan["blocked"]
-        if entry["vm"] == name
-        for blocker in entry["blockers"]
-        if blocker["code"] == code
-    ]
+    (text,) = [blocker["message"] for entry in plan["blocked"] if entry["vm"] == name for blocker in entry["blockers"] if blocker["code"] == code]
     return text
 
 
@@ -117,11 +108,7 @@ def test_vcpus_are_limited_only_when_cpu_overcommit_is_set():
 
 
 def test_packs_tightly_when_spreading_leaves_a_vm_without_room():
-    facts = [
-        host("hv1", vms=[vm("a", 3000), vm("b", 3000), vm("c", 2000)]),
-        host("hv2", free=5000),
-        host("hv3", free=3000),
-    ]
+    facts = [host("hv1", vms=[vm("a", 3000), vm("b", 3000), vm("c", 2000)]), host("hv2", free=5000), host("hv3", free=3000)]
     plan = plan_for(facts)
     assert plan["feasible"] and len(plan["moves"]) == 3
 
@@ -137,22 +124,16 @@ def test_search_finds_the_packing_that_greedy_misses():
 
 
 def test_vms_spread_over_destinations_alike():
-    facts = [
-        host("hv1", vms=[vm(f"vm{number}", 512) for number in range(8)]),
-        host("hv2"),
-        host("hv3"),
-        host("hv4"),
-        host("hv5"),
-    ]
+    facts = [host("hv1", vms=[vm(f"vm{number}", 512) for number in range(8)]), host("hv2"), host("hv3"), host("hv4"), host("hv5")]
     assert sorted(destinations(plan_for(facts)).values()) == ["hv2", "hv2", "hv3", "hv3", "hv4", "hv4", "hv5", "hv5"]
 
 
 def test_free_memory_before_and_after_is_reported_for_every_host():
     plan = plan_for([host("hv1", free=100, vms=[vm("web1", 1024)]), host("hv2", free=4000)])
-    assert {
-        entry["name"]: (entry["memory_free_before_mib"], entry["memory_free_after_mib"], entry["incoming"])
-        for entry in plan["hosts"]
-    } == {"hv1": (100, 1124, 0), "hv2": (4000, 2976, 1)}
+    assert {entry["name"]: (entry["memory_free_before_mib"], entry["memory_free_after_mib"], entry["incoming"]) for entry in plan["hosts"]} == {
+        "hv1": (100, 1124, 0),
+        "hv2": (4000, 2976, 1),
+    }
 
 
 # what fits together
@@ -221,9 +202,7 @@ def test_auto_falls_back_to_precopy_and_says_why():
 
 
 def test_auto_minds_what_the_destination_can_not_do():
-    no_userfault = {
-        "userfault": {"usable": False, "blockers": [{"code": "no_destination", "message": "no userfaultfd"}]}
-    }
+    no_userfault = {"userfault": {"usable": False, "blockers": [{"code": "no_destination", "message": "no userfaultfd"}]}}
     facts = [host("hv1", vms=[vm("web1")]), host("hv2", engines=no_userfault)]
     (move,) = plan_for(facts)["moves"]
     assert (move["engine"], move["engine_reason"]) == ("precopy", "not userfault: on hv2, no userfaultfd")
@@ -262,9 +241,7 @@ def test_every_blocker_is_reported_not_only_the_first():
     }
 
 
-@pytest.mark.parametrize(
-    "state, code", [("shutoff", "not_running"), ("crashed", "not_running"), ("incoming", "already_migrating")]
-)
+@pytest.mark.parametrize("state, code", [("shutoff", "not_running"), ("crashed", "not_running"), ("incoming", "already_migrating")])
 def test_only_a_vm_that_runs_here_can_leave(state, code):
     assert codes(plan_for([host("hv1", vms=[vm("web1", state=state)]), host("hv2")])) == {"web1": [code]}
 
@@ -319,10 +296,7 @@ def test_return_moves_named_vms_back_from_wherever_they_are():
     facts = [host("hv1", vms=[vm("db1")]), host("hv2", vms=[vm("web1"), vm("other")]), host("hv3", vms=[vm("web2")])]
     plan = plan_for(facts, sources=[], vms=["web1", "web2", "db1", "ghost"], destinations=["hv1"])
     assert destinations(plan) == {"web1": "hv1", "web2": "hv1"}
-    assert {entry["vm"]: entry["reason"] for entry in plan["skipped"]} == {
-        "db1": "already on hv1",
-        "ghost": "on none of the hosts",
-    }
+    assert {entry["vm"]: entry["reason"] for entry in plan["skipped"]} == {"db1": "already on hv1", "ghost": "on none of the hosts"}
 
 
 def test_a_definition_left_behind_by_a_vm_that_runs_elsewhere_is_skipped():
@@ -359,12 +333,7 @@ def test_a_vm_pinned_to_where_it_is_blocks(pin):
 
 
 def test_anti_affinity_keeps_vms_apart_and_off_hosts_with_a_member():
-    facts = [
-        host("hv1", vms=[vm("web1"), vm("web2")]),
-        host("hv2", free=99999, vms=[vm("web3")]),
-        host("hv3"),
-        host("hv4"),
-    ]
+    facts = [host("hv1", vms=[vm("web1"), vm("web2")]), host("hv2", free=99999, vms=[vm("web3")]), host("hv3"), host("hv4")]
     plan = plan_for(facts, anti_affinity={"web": ["web1", "web2", "web3"]})
     assert sorted(destinations(plan).values()) == ["hv3", "hv4"]
     facts.pop()
@@ -418,11 +387,7 @@ def test_affinity_group_pinned_to_two_hosts_blocks():
 
 
 def test_affinity_group_that_no_single_host_can_run_blocks():
-    facts = [
-        host("hv1", vms=[vm("a"), vm("b", driver="qmp")]),
-        host("hv2", drivers=["libvirt"]),
-        host("hv3", drivers=["qmp"]),
-    ]
+    facts = [host("hv1", vms=[vm("a"), vm("b", driver="qmp")]), host("hv2", drivers=["libvirt"]), host("hv3", drivers=["qmp"])]
     assert codes(plan_for(facts, affinity={"x": ["a", "b"]})) == {"a": ["affinity"], "b": ["affinity"]}
     assert destinations(plan_for(facts)) == {"a": "hv2", "b": "hv3"}
 
@@ -460,9 +425,7 @@ def test_a_deadline_cuts_precopy_so_that_the_host_is_empty_in_time():
     bound = plan_for(facts, bandwidth_mib_s=100, deadline_s=80)
     assert free["estimated_s"] > 80 >= bound["estimated_s"]
     assert bound["feasible"]
-    assert max(move["precopy_timeout_s"] for move in bound["moves"]) < min(
-        move["precopy_timeout_s"] for move in free["moves"]
-    )
+    assert max(move["precopy_timeout_s"] for move in bound["moves"]) < min(move["precopy_timeout_s"] for move in free["moves"])
     assert any("pre-copy is cut" in warning for warning in bound["warnings"])
 
 
@@ -540,9 +503,7 @@ def random_fleet(rng):
     pick = [f"vm{number}" for number in range(count)]
 
     def groups():
-        return {
-            f"g{number}": rng.sample(pick, min(len(pick), rng.randint(2, 4))) for number in range(rng.randint(0, 2))
-        }
+        return {f"g{number}": rng.sample(pick, min(len(pick), rng.randint(2, 4))) for number in range(rng.randint(0, 2))}
 
     options = {
         "sources": rng.sample(hosts, rng.randint(1, max(1, len(hosts) // 2))),
@@ -640,11 +601,7 @@ def test_any_schedule_keeps_to_the_concurrency(random_plans):
         peak = 0
         for move in plan["moves"]:
             now = move["estimated_start_s"] + 0.11  # times in the plan are rounded to 0.1 s
-            running = [
-                other
-                for other in plan["moves"]
-                if other["estimated_start_s"] < now < other["estimated_start_s"] + other["estimated_s"] - 0.11
-            ]
+            running = [other for other in plan["moves"] if other["estimated_start_s"] < now < other["estimated_start_s"] + other["estimated_s"] - 0.11]
             peak = max(peak, len(running))
             for key, limit in (("from", options["per_source"]), ("to", options["per_destination"])):
                 for name in {other[key] for other in running}:
@@ -687,9 +644,7 @@ def test_small_fleets_are_packed_as_well_as_trying_everything():
         free = [rng.randrange(10, 70) for _host in range(rng.randint(1, 3))]
         best = 0
         for choice in itertools.product(range(-1, len(free)), repeat=len(sizes)):
-            if all(
-                sum(size for size, to in zip(sizes, choice) if to == bin_) <= room for bin_, room in enumerate(free)
-            ):
+            if all(sum(size for size, to in zip(sizes, choice, strict=True) if to == bin_) <= room for bin_, room in enumerate(free)):
                 best = max(best, sum(to >= 0 for to in choice))
         facts = [host("hv1", vms=[vm(f"vm{number}", size) for number, size in enumerate(sizes)])]
         facts += [host(f"hv{number}", room) for number, room in enumerate(free, 2)]
@@ -769,16 +724,7 @@ def test_the_table_tells_moves_blockers_skips_hosts_and_warnings():
     table = render_table(plan_for(facts, exclude=["lab9"], deadline_s=60))
     assert table.startswith("Evacuation of hv1: 1 to move, 1 blocked, 1 skipped, about ")
     assert "NOT FEASIBLE" in table.splitlines()[0]
-    for words in (
-        "web1",
-        "userfault",
-        "1024 MiB",
-        "it uses a GPU",
-        "machine_unknown",
-        "excluded",
-        "cordoned",
-        "Warnings",
-    ):
+    for words in ("web1", "userfault", "1024 MiB", "it uses a GPU", "machine_unknown", "excluded", "cordoned", "Warnings"):
         assert words in table
     assert not [line for line in table.splitlines() if line != line.rstrip()]
 
