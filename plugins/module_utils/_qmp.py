@@ -9,9 +9,11 @@ events kept until they are asked for.
 
 from __future__ import annotations
 
+import itertools
 import json
 import select
 import socket
+import struct
 import time
 
 
@@ -27,8 +29,9 @@ class QmpClient:
     """One QMP session.
 
     :param path: unix socket of a QEMU started with ``-qmp unix:PATH,server=on,wait=off``.
-    :param timeout: seconds a reply may take.
-    :raises QmpError: the socket can't be reached, or isn't QMP.
+    :param timeout: seconds a reply may take. QEMU serves one client of a socket at a time: while another one is
+        served, connecting waits for it, for this long at most.
+    :raises QmpError: the socket can't be reached, or isn't QMP. ``__cause__`` is the OSError, when there was one.
     """
 
     def __init__(self, path: str, timeout: float = 30.0):
@@ -36,10 +39,13 @@ class QmpClient:
         self.timeout = timeout
         self._events: list[dict] = []
         self._buffer = b""
+        self._ids = itertools.count(1)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout)
+        deadline = time.monotonic() + timeout
         try:
-            self._socket.connect(path)
-            greeting = self._read(time.monotonic() + timeout)
+            self._connect(deadline)
+            greeting = self._read(deadline)
             if "QMP" not in greeting:
                 raise QmpError(f"{path} does not speak QMP", "ConnectionError")
             self.execute("qmp_capabilities")
@@ -59,12 +65,16 @@ class QmpClient:
     def close(self) -> None:
         self._socket.close()
 
+    def peer_pid(self) -> int:
+        """The process that listens on the socket: QEMU itself."""
+        return struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+
     def execute(self, command: str, arguments: dict | None = None):
         """Runs a command and returns what it returns.
 
         :raises QmpError: QEMU's own error, or the connection was lost or silent for ``timeout`` seconds.
         """
-        request: dict = {"execute": command}
+        request: dict = {"execute": command, "id": next(self._ids)}
         if arguments:
             request["arguments"] = arguments
         try:
@@ -76,6 +86,8 @@ class QmpClient:
             reply = self._read(deadline)
             if "event" in reply:
                 self._events.append(reply)
+            elif reply.get("id", request["id"]) != request["id"]:
+                continue  # the late answer to a command that was given up
             elif "error" in reply:
                 raise QmpError(f"{command}: {reply['error']['desc']}", reply["error"]["class"])
             elif "return" in reply:
@@ -96,6 +108,16 @@ class QmpClient:
         events, self._events = self._events, []
         return events
 
+    def _connect(self, deadline: float) -> None:
+        while True:
+            try:
+                self._socket.connect(self.path)
+                return
+            except BlockingIOError as err:  # the queue of waiting clients is full
+                if time.monotonic() >= deadline:
+                    raise QmpError(f"QEMU at {self.path} gave no answer for {self.timeout:g} s, and others wait for it too", "ConnectionError") from err
+                time.sleep(0.05)
+
     def _read(self, deadline: float) -> dict:
         while True:
             line = self._line()
@@ -112,9 +134,12 @@ class QmpClient:
             return None
         self._buffer = rest
         try:
-            return json.loads(line)
+            message = json.loads(line)
         except ValueError as err:
             raise QmpError(f"{self.path} does not speak QMP", "ConnectionError") from err
+        if not isinstance(message, dict):
+            raise QmpError(f"{self.path} does not speak QMP", "ConnectionError")
+        return message
 
     def _fill(self) -> None:
         try:
