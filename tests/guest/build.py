@@ -34,7 +34,7 @@ def tiny_initramfs() -> pathlib.Path:
 
 
 def valkey_image() -> pathlib.Path:
-    """Folder with ``root.raw``, the disk of the guest that runs valkey; it boots with the lab host's kernel and initrd."""
+    """Folder with ``root.raw``, the disk of the valkey guest; it boots with the lab host's kernel and initrd."""
     key = image.digest(
         image.SUITE, image.GUEST_DISK_MIB, HERE / "lab-init", HERE / "valkey.conf", HERE / "customize.sh",
         image.HERE / "image" / "guest-packages.txt",

@@ -46,8 +46,9 @@ class Summary:
     @property
     def corrupt(self) -> int:
         """Pages found corrupt. No line alone is enough: each may have been lost."""
-        counted = [r["corrupt"] for r in self.reports] + [c.get("corrupt_total", c["corrupt"]) for c in self.full_checks]
-        return max([len(self.corruptions), *counted])
+        reported = [r["corrupt"] for r in self.reports]
+        checked = [c.get("corrupt_total", c["corrupt"]) for c in self.full_checks]
+        return max([len(self.corruptions), *reported, *checked])
 
     @property
     def corruptions(self) -> list:
