@@ -85,3 +85,5 @@ if __name__ == "__main__":
         print(make())
     except subprocess.CalledProcessError as err:
         sys.exit(f"the development environment could not be made (exit status {err.returncode} of {err.cmd[0]})")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the next run makes it anew")
