@@ -38,7 +38,7 @@ SPREAD_WIDTH = 8
 REPAIR_HOSTS = 32
 REPAIR_BUDGET = 20000
 SEARCH_UNITS = 40
-SEARCH_BUDGET = 200000
+SEARCH_BUDGET = 600000
 
 # Flags of /proc/cpuinfo that describe the host's kernel, power management or hypervisor side, which no guest sees: they
 # differ between kernel versions on one and the same CPU.

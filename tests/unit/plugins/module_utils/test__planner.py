@@ -114,13 +114,23 @@ def test_packs_tightly_when_spreading_leaves_a_vm_without_room():
 
 
 def test_search_finds_the_packing_that_greedy_misses():
-    """Both hosts must be filled to the last MiB: 7+3 and 5+5 fit by no greedy order alone."""
+    """Both hosts must be filled to the last MiB."""
     facts = [
         host("hv1", vms=[vm(f"vm{number}", size) for number, size in enumerate([44, 36, 24, 24, 22, 20, 20, 10])]),
         host("hv2", free=100),
         host("hv3", free=100),
     ]
     assert len(plan_for(facts)["moves"]) == 8
+
+
+@pytest.mark.parametrize("sizes, free", [([2, 5, 6, 8, 2, 8, 10], [22, 19]), ([4, 11, 7, 6, 5], [20, 13])], ids=["move one", "swap two"])
+def test_placed_vms_make_room_where_there_are_too_many_to_try_everything(sizes, free):
+    small = {f"small{number}": "hv9" for number in range(50)}
+    guests = [vm(f"vm{number}", size) for number, size in enumerate(sizes)] + [vm(name, 1) for name in small]
+    facts = [host("hv1", vms=guests), host("hv9", free=50)] + [host(f"hv{number}", room) for number, room in enumerate(free, 2)]
+    plan = plan_for(facts, pinned=small)
+    assert plan["feasible"]
+    assert any(move["reason"].startswith("leaves room for") for move in plan["moves"])
 
 
 def test_vms_spread_over_destinations_alike():
