@@ -203,12 +203,12 @@ def _against_deadline(report: dict) -> str:
     verdict = f'<strong class="late">{duration(late)} too long</strong>' if late > 0 else f"{duration(-late)} to spare"
     longest = max(took, deadline) or 1
     edge = 100 * deadline / longest
-    bar = f'<rect class="track" width="{edge:.2f}%" height="14" rx="3"/>'
-    bar += f'<rect class="fill" width="{100 * min(took, deadline) / longest:.2f}%" height="14" rx="3"/>'
+    drawn = f'<rect class="track" width="{edge:.2f}%" height="14" rx="3"/>'
+    drawn += f'<rect class="fill" width="{100 * min(took, deadline) / longest:.2f}%" height="14" rx="3"/>'
     if late > 0:
-        bar += f'<rect class="over" x="{edge:.2f}%" width="{100 - edge:.2f}%" height="14" rx="3"/>'
+        drawn += f'<rect class="over" x="{edge:.2f}%" width="{100 - edge:.2f}%" height="14" rx="3"/>'
     return (f'<p class="lead">{verb} {shown} of the {limit(deadline)} allowed: {verdict}.</p>'
-            f'<svg class="deadline" width="100%" height="14" aria-hidden="true">{bar}</svg>')
+            f'<svg class="deadline" width="100%" height="14" aria-hidden="true">{drawn}</svg>')
 
 
 def _tiles(report: dict) -> str:

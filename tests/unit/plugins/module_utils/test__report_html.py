@@ -150,14 +150,16 @@ def test_same_report_same_page():
     assert page.render(build(*given)) == page.render(build(*given))
 
 
-@pytest.mark.parametrize("value, text", [(None, "–"), (0, "0.0 s"), (7.34, "7.3 s"), (59.96, "1 min 00 s"),
-                                          (70.2, "1 min 10 s"), (3599.7, "1 h 00 min"), (-5, "−5.0 s")])
+@pytest.mark.parametrize("value, text", [
+    (None, "–"), (0, "0.0 s"), (7.34, "7.3 s"), (59.96, "1 min 00 s"), (70.2, "1 min 10 s"), (3599.7, "1 h 00 min"), (-5, "−5.0 s"),
+])
 def test_duration(value, text):
     assert page.duration(value) == text
 
 
-@pytest.mark.parametrize("value, text", [(None, "–"), (0, "0 ms"), (0.25, "0.25 ms"), (61.53, "61.5 ms"),
-                                          (120.4, "120 ms"), (999.6, "1.00 s"), (9995, "10.0 s"), (61000, "1 min 01 s")])
+@pytest.mark.parametrize("value, text", [
+    (None, "–"), (0, "0 ms"), (0.25, "0.25 ms"), (61.53, "61.5 ms"), (120.4, "120 ms"), (999.6, "1.00 s"), (9995, "10.0 s"), (61000, "1 min 01 s"),
+])
 def test_milliseconds(value, text):
     assert page.milliseconds(value) == text
 
