@@ -377,6 +377,13 @@ def test_affinity_follows_members_that_are_elsewhere_already():
     assert (move["to"], move["reason"]) == ("hv2", "with db1, by affinity group app")
 
 
+def test_affinity_with_members_on_several_hosts_takes_one_that_can_run_the_vm():
+    facts = [host("hv1", vms=[vm("web1")]), host("hv2", vms=[vm("db1", driver="qmp")], drivers=["qmp"]), host("hv3", free=2000, vms=[vm("db2")])]
+    plan = plan_for(facts, affinity={"app": ["web1", "db1", "db2"]})
+    assert destinations(plan) == {"web1": "hv3"}
+    assert any("on several: hv2, hv3" in warning for warning in plan["warnings"])
+
+
 def test_affinity_with_a_vm_that_stays_blocks():
     gpu = vm("gpu1", blockers=[{"code": "host_device", "message": "GPU"}])
     plan = plan_for([host("hv1", vms=[gpu, vm("web1")]), host("hv2")], affinity={"app": ["gpu1", "web1"]})
