@@ -332,7 +332,7 @@ def _needed_features(vm):
     known by another name there, since the guest runs on it: nothing can be said about them.
     """
     features = vm.host.kind.features
-    if vm.cpu_mode in ("host-passthrough", "maximum") or (vm.cpu_mode == "host-model" and not vm.features):
+    if vm.cpu_mode in ("host-passthrough", "host-model", "maximum"):
         return features - HOST_ONLY_FEATURES
     return vm.features & features
 
@@ -1028,7 +1028,7 @@ class _Planner:
     def _runs_elsewhere(self, vm):
         """The host that runs a VM of which only the definition is here."""
         for other in self.by_name[vm.name]:
-            if other.active and other.uuid == vm.uuid and vm.uuid:
+            if other.active and other.uuid == vm.uuid and other.driver == vm.driver:
                 return other.host
         return None
 
