@@ -70,7 +70,7 @@ def query(client: QmpClient) -> dict:
     answers["machine"] = _property(client, "/machine", "type")
     vcpus = answers["query-cpus-fast"]
     answers["cpu"] = _property(client, vcpus[0]["qom-path"], "type") if vcpus else None
-    objects = [(name, kind) for name, kind in _children(client, "/objects")]
+    objects = _children(client, "/objects")
     answers["objects"] = [kind for _name, kind in objects]
     answers["memory"] = [
         {"type": kind, **{key: _property(client, f"/objects/{name}", key) for key in ("mem-path", "share", "hugetlb")}}

@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.hecaton.fleet.plugins.module_utils import _qmp_vms
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
 
-GREETING = {"QMP": {"version": {"qemu": {"micro": 13, "minor": 0, "major": 10}, "package": ""}, "capabilities": ["oob"]}}
+GREETING = b'{"QMP": {"version": {"qemu": {"micro": 13, "minor": 0, "major": 10}, "package": ""}, "capabilities": ["oob"]}}\r\n'
 
 
 class Server:
@@ -211,7 +211,7 @@ def test_a_full_queue_of_clients_is_not_waited_for_without_limit(tmp_path):
     with socket.socket(socket.AF_UNIX) as hung:
         hung.bind(path)
         hung.listen(0)
-        waiting = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+        waiting = [socket.socket(socket.AF_UNIX) for number in range(2)]
         for client in waiting:
             client.setblocking(False)
             client.connect_ex(path)
