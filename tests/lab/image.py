@@ -31,6 +31,7 @@ TOOLS = (
     ("mmdebstrap", "mmdebstrap"),
     ("mke2fs", "e2fsprogs"),
     ("nbdkit", "nbdkit"),
+    ("vde_switch", "vde2"),
     ("ssh", "openssh-client"),
     ("ssh-keygen", "openssh-client"),
     ("gcc", "gcc"),

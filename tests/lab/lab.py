@@ -11,18 +11,17 @@ started by us and ended by process id, checked against what we started.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import json
 import os
 import pathlib
-import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
@@ -34,8 +33,8 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 HOSTS = ("hv1", "hv2", "hv3")
 HOST_MEMORY_MIB = 4096
 BOOT_SECONDS = 900
-RESTORE_SECONDS = 300
-STORAGE = "10.77.1.100"
+RESTORE_SECONDS = 120
+STORAGE = "10.0.2.100"
 STORAGE_PORT = 10809
 GUEST_NETWORK = "10.77.2.0/24"
 GUEST_GATEWAY = "10.77.2.2"
@@ -55,6 +54,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def each(work, names) -> None:
+    """Calls ``work(name)`` for all names at once and raises the first error. An interrupt does not wait for the rest."""
+    failures = []
+
+    def guarded(name):
+        try:
+            work(name)
+        except Exception as err:
+            failures.append(err)
+
+    threads = [threading.Thread(target=guarded, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 class Process:
@@ -236,13 +254,15 @@ class Lab:
     def _clear(self) -> None:
         for host in self.state.get("hosts", {}).values():
             Process.end(host.get("process"), hard=True)
-        Process.end(self.state.get("hub"))
+        for part in ("outside", "switch", "hub"):
+            Process.end(self.state.get(part))
         if self.state.get("run"):
             shutil.rmtree(self.state["run"], ignore_errors=True)
         self.state = {}
         self.state_file.unlink(missing_ok=True)
 
     def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.state_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.state, indent=1))
         temporary.replace(self.state_file)
@@ -255,7 +275,7 @@ class Lab:
             (pathlib.Path(run) / "disks").mkdir()
             self._save()
         if not Process.alive(self.state.get("hub")):
-            self._start_hub()
+            self._start_networks()
         for name in names:
             old = self.state["hosts"].get(name, {})
             self.state["hosts"][name] = {"ssh_port": old.get("ssh_port") or free_port(), "process": None}
@@ -263,25 +283,26 @@ class Lab:
         self._write_access()
         self._wait(names, snapshot)
 
-    def _start_hub(self) -> None:
+    def _start_networks(self) -> None:
         run = pathlib.Path(self.state["run"])
-        # A QEMU without a machine is a layer-2 hub in user space: hub 1 joins the hosts (and the storage server), hub 2
-        # the guests (and whoever outside talks to them). restrict=on: nothing leaves for the machine's own network.
-        forwards = "".join(f",hostfwd=tcp:127.0.0.1:{self.state['forwards'][n]}-{a}:{p}" for n, (a, p) in FORWARDS.items())
-        command = [
-            "qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-daemonize", "-pidfile", f"{run}/hub.pid",
-            "-netdev", f"user,id=storage,net=10.77.1.0/24,host=10.77.1.2,dns=10.77.1.3,dhcpstart=10.77.1.200,ipv6=off,restrict=on,"
-                       f"guestfwd=tcp:{STORAGE}:{STORAGE_PORT}-cmd:nbdkit -s -t 4 file dir={run}/disks",
-            "-netdev", "hubport,id=p1,hubid=1,netdev=storage",
-            "-netdev", f"user,id=outside,net={GUEST_NETWORK},host={GUEST_GATEWAY},dhcpstart=10.77.2.200,ipv6=off,restrict=on{forwards}",
-            "-netdev", "hubport,id=p2,hubid=2,netdev=outside",
-        ]  # fmt: skip
-        for hub, kind in ((1, "mig"), (2, "guest")):
-            for name in HOSTS:
-                command += ["-netdev", self._link(f"{kind}{name}", f"hub-{kind}-{name}", f"{kind}-{name}"),
-                            "-netdev", f"hubport,id=q{kind}{name},hubid={hub},netdev={kind}{name}"]  # fmt: skip
+        # The migration network is a hub in user space: a QEMU without a machine, that takes frames of any size.
+        command = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-daemonize", "-pidfile", f"{run}/hub.pid"]
+        for name in HOSTS:
+            command += ["-netdev", self._link(name, f"hub-{name}", f"mig-{name}"), "-netdev", f"hubport,id=p-{name},hubid=0,netdev={name}"]
         image.run(command)
         self.state["hub"] = Process.record(int((run / "hub.pid").read_text()))
+        # The guests' network is a learning switch, and one of its ports leads to QEMU's own TCP stack, by which clients
+        # outside reach guests. restrict=on: nothing leaves for the machine's own network.
+        image.run(["vde_switch", "-d", "-s", f"{run}/guests", "-p", f"{run}/switch.pid", "-M", f"{run}/switch.mgmt"])
+        self.state["switch"] = Process.record(int((run / "switch.pid").read_text()))
+        forwards = "".join(f",hostfwd=tcp:127.0.0.1:{self.state['forwards'][n]}-{a}:{p}" for n, (a, p) in FORWARDS.items())
+        image.run([
+            "qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-daemonize", "-pidfile", f"{run}/outside.pid",
+            "-netdev", f"user,id=outside,net={GUEST_NETWORK},host={GUEST_GATEWAY},dhcpstart=10.77.2.200,ipv6=off,restrict=on{forwards}",
+            "-netdev", "hubport,id=p1,hubid=0,netdev=outside",
+            "-netdev", f"vde,id=guests,sock={run}/guests", "-netdev", "hubport,id=p2,hubid=0,netdev=guests",
+        ])  # fmt: skip
+        self.state["outside"] = Process.record(int((run / "outside.pid").read_text()))
         self._save()
 
     def _link(self, ident: str, local: str, remote: str) -> str:
@@ -310,14 +331,15 @@ class Lab:
         disk = run / f"{name}.qcow2"
         backing = (snapshot / f"{name}.qcow2", "qcow2") if snapshot else (base / "root.raw", "raw")
         image.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", backing[1], "-b", str(backing[0]), str(disk)])
-        for stale in (f"mig-{name}", f"guest-{name}", f"{name}.monitor"):
+        for stale in (f"mig-{name}", f"{name}.monitor"):
             (run / stale).unlink(missing_ok=True)
         command = [
             "qemu-system-x86_64", *self._machine(name, accel), "-kernel", str(base / "vmlinuz"), "-initrd", str(base / "initrd.img"),
             "-drive", f"file={disk},if=virtio,format=qcow2,cache=unsafe",
-            "-netdev", f"user,id=mgmt,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:{host['ssh_port']}-10.0.2.15:22",
-            "-netdev", self._link("mig", f"mig-{name}", f"hub-mig-{name}"),
-            "-netdev", self._link("guest", f"guest-{name}", f"hub-guest-{name}"),
+            "-netdev", f"user,id=mgmt,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:{host['ssh_port']}-10.0.2.15:22"
+                       f",guestfwd=tcp:{STORAGE}:{STORAGE_PORT}-cmd:nbdkit -s -t 4 file dir={run}/disks",
+            "-netdev", self._link("mig", f"mig-{name}", f"hub-{name}"),
+            "-netdev", f"vde,id=guest,sock={run}/guests",
             "-serial", f"file:{run}/{name}.console", "-qmp", f"unix:{run}/{name}.monitor,server=on,wait=off",
             "-daemonize", "-pidfile", f"{run}/{name}.pid",
         ]  # fmt: skip
@@ -385,9 +407,19 @@ class Lab:
                         raise LabError(f"{name} does not answer over ssh: {err}") from err
                     time.sleep(1)
 
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for result in [pool.submit(answers, name) for name in names]:
-                result.result()
+        if snapshot:
+            for name in names:
+                self._resume(name, deadline)
+        each(answers, names)
+
+    def _resume(self, name: str, deadline: float) -> None:
+        """Lets a restored host run as soon as its memory is there: it was stopped when it was saved."""
+        with Monitor(pathlib.Path(self.state["run"]) / f"{name}.monitor") as monitor:
+            while monitor.execute("query-migrate").get("status") != "completed":
+                if time.monotonic() > deadline:
+                    raise LabError(f"{name}'s saved memory could not be loaded in {RESTORE_SECONDS} s")
+                time.sleep(0.05)
+            monitor.execute("cont")
 
     def _snapshot(self, accel: str) -> pathlib.Path:
         """The cached folder with the booted hosts' memory and disks."""
@@ -399,8 +431,7 @@ class Lab:
             scratch.folder.mkdir()
             try:
                 scratch._start(list(HOSTS), accel, None)
-                with concurrent.futures.ThreadPoolExecutor() as pool:
-                    list(pool.map(lambda name: scratch._save_host(name, folder), HOSTS))
+                each(lambda name: scratch._save_host(name, folder), HOSTS)
             finally:
                 scratch._clear()
                 shutil.rmtree(scratch.folder, ignore_errors=True)
@@ -492,7 +523,7 @@ def main() -> int:
             known = ", ".join(lab.state.get("hosts", {}))
             raise LabError(f"no host {args.host!r}: " + (f"the lab's hosts are {known}" if known else "the lab is down, start it with: make lab"))
         elif args.verb == "ssh":
-            return subprocess.call(["ssh", "-F", str(lab.folder / "ssh_config"), args.host, *(["--", shlex.join(args.command)] if args.command else [])])
+            return subprocess.call(["ssh", "-F", str(lab.folder / "ssh_config"), args.host, *(["--", *args.command] if args.command else [])])
         elif args.verb == "kill":
             lab.kill(args.host)
     except LabError as err:

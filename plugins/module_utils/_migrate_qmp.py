@@ -1,0 +1,361 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Private to this collection: it may change in any release.
+"""Drives a migration of a QEMU that runs as a systemd unit, without libvirt.
+
+Each side has a unit of its own that talks to its QEMU alone: :class:`Outgoing` on the source, :class:`Incoming` on the
+destination. They need no connection to each other besides QEMU's own stream, because each can tell from its QEMU what
+the other did: a stream that breaks after the switch leaves both in ``postcopy-paused``, whereupon the destination
+listens again and the source connects again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record, record_path, write_json
+from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
+
+CONFIG_DIR = "/etc/hecaton/vms"
+RUN_DIR = "/run/hecaton"
+POLL = 0.25
+#: States of query-migrate in which a migration is under way, before and after the switch.
+PRECOPY_STATES = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
+POSTCOPY_STATES = ("postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
+UNFINISHED = PRECOPY_STATES + POSTCOPY_STATES
+#: Seconds between attempts to reconnect a post-copy whose stream broke: first, and at most.
+BACKOFF = (1.0, 15.0)
+
+
+def vm_unit(name: str) -> str:
+    return f"hecaton-vm@{name}.service"
+
+
+def agent_socket(name: str) -> str:
+    return f"{RUN_DIR}/vm/{name}/agent.sock"
+
+
+def config_path(name: str) -> str:
+    return f"{CONFIG_DIR}/{name}.conf"
+
+
+def incoming_env(name: str) -> str:
+    return f"{RUN_DIR}/incoming/{name}.env"
+
+
+def systemctl(*arguments: str, check: bool = True) -> str:
+    """:raises MigrationError: systemctl failed (with ``check``)."""
+    done = subprocess.run(["systemctl", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    if check and done.returncode:
+        raise MigrationError(f"systemctl {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def is_active(unit: str) -> bool:
+    return systemctl("is-active", unit, check=False) in ("active", "activating", "deactivating")
+
+
+def capabilities(engine: str) -> list:
+    """QMP capabilities of an engine, the same on both sides."""
+    userfault = engine == "userfault"
+    wanted = {
+        # The source learns from the destination that the VM has landed, instead of assuming it.
+        "return-path": True,
+        "events": True,
+        "postcopy-ram": userfault,
+        # A demanded page does not wait behind the stream. Has to be set before the destination listens.
+        "postcopy-preempt": userfault,
+        "x-ignore-shared": False,
+        "pause-before-switchover": False,
+    }
+    return [{"capability": name, "state": state} for name, state in wanted.items()]
+
+
+class Outgoing:
+    """The source's side.
+
+    :param job: vm, engine, uri, precopy_timeout_s, and the optional limits bandwidth_mib_s, postcopy_bandwidth_mib_s,
+        max_downtime_ms, timeout_s (pre-copy given up after), recovery_timeout_s.
+    """
+
+    def __init__(self, job: dict, record: Record):
+        self.job = job
+        self.record = record
+        self.name = job["vm"]
+        self.qmp: QmpClient | None = None
+        self._postcopy_asked = False
+        self._cancelled = ""
+
+    def run(self) -> None:
+        """Moves the VM. :raises MigrationError: it stays here, running."""
+        self.qmp = QmpClient(agent_socket(self.name))
+        status = self.qmp.execute("query-migrate").get("status", "none")
+        if status in POSTCOPY_STATES:
+            # An earlier unit died in the middle: what it began can only be finished.
+            self._postcopy_asked = True
+            self.record.phase("postcopy", on="destination")
+        elif status in PRECOPY_STATES and self.job.get("resume"):
+            self.record.phase("precopy")
+        elif status in PRECOPY_STATES:
+            raise MigrationError(f"{self.name} is being migrated by somebody else (QEMU says {status}); wait for that or cancel it first")
+        elif status == "completed" and self.qmp.execute("query-status")["status"] == "postmigrate":
+            self._landed(self.qmp.execute("query-migrate"))
+            return
+        else:
+            self._start()
+        self._follow()
+
+    def _start(self) -> None:
+        job, qmp = self.job, self.qmp
+        qmp.execute("migrate-set-capabilities", {"capabilities": capabilities(job["engine"])})
+        mib = 1 << 20
+        parameters = {"max-bandwidth": int((job.get("bandwidth_mib_s") or 1 << 20) * mib), "downtime-limit": job.get("max_downtime_ms") or 300}
+        parameters["max-postcopy-bandwidth"] = int((job.get("postcopy_bandwidth_mib_s") or 0) * mib)
+        qmp.execute("migrate-set-parameters", parameters)
+        self.record.phase("precopy")
+        qmp.execute("migrate", {"uri": job["uri"]})
+
+    def _follow(self) -> None:
+        """Watches QEMU until the migration ended, and says the word where QEMU waits for one."""
+        job = self.job
+        begun = time.monotonic()
+        broken_since, attempt_at, pause = None, 0.0, BACKOFF[0]
+        while True:
+            try:
+                info = self.qmp.execute("query-migrate")
+            except QmpError as err:
+                self._lost_qemu(err)
+            status = info.get("status", "none")
+            elapsed = time.monotonic() - begun
+            self._note(info)
+            if status == "completed":
+                self._landed(info)
+                return
+            if status in ("failed", "cancelled"):
+                self._stayed(info)
+            if status in ("setup", "active", "cancelling"):
+                self._precopy_step(status, elapsed)
+            elif status in ("postcopy-active", "device") and self.record.abort_requested():
+                self.record.refuse_abort("the VM already runs on the destination; its memory is still arriving, so it can only go on")
+            if status == "postcopy-active":
+                broken_since, pause = None, BACKOFF[0]
+                self.record.phase("postcopy", on="destination")
+            elif status == "postcopy-paused":
+                now = time.monotonic()
+                if broken_since is None:
+                    broken_since = now
+                    self.record.phase("recovering", on="destination", recoveries=self.record.data["recoveries"] + 1)
+                if now - broken_since > (job.get("recovery_timeout_s") or 3600):
+                    raise MigrationError(
+                        f"the connection for {self.name}'s memory was lost after the switch and did not come back in {now - broken_since:.0f} s; the VM waits on "
+                        f"{job['to']} with its missing pages here: keep both QEMUs running, mend the network and run the evacuation again to resume it"
+                    )
+                if now >= attempt_at:
+                    attempt_at, pause = now + pause, min(pause * 2, BACKOFF[1])
+                    self._reconnect()
+            time.sleep(POLL)
+
+    def _precopy_step(self, status: str, elapsed: float) -> None:
+        job = self.job
+        if status == "cancelling":
+            return
+        if self.record.abort_requested():
+            self._cancel("aborted on request")
+        elif job["engine"] == "userfault" and not self._postcopy_asked and status == "active" and elapsed >= (job.get("precopy_timeout_s") or 0):
+            try:
+                self.qmp.execute("migrate-start-postcopy")
+                self._postcopy_asked = True
+                self.record.phase("switch")
+            except QmpError as err:
+                # It may have completed between the question and the order.
+                if err.kind == "ConnectionError":
+                    raise
+        elif job["engine"] == "precopy" and job.get("timeout_s") and elapsed > job["timeout_s"]:
+            self._cancel(f"pre-copy did not converge within timeout_s={job['timeout_s']:g}; allow more bandwidth or downtime, or use engine userfault")
+
+    def _cancel(self, reason: str) -> None:
+        if not self._cancelled:
+            self._cancelled = reason
+            self.qmp.execute("migrate_cancel")
+
+    def _reconnect(self) -> None:
+        try:
+            self.qmp.execute("migrate", {"uri": self.job["uri"], "resume": True})
+        except QmpError as err:
+            if err.kind == "ConnectionError":
+                self._lost_qemu(err)
+            self.record.save(reason=f"reconnecting: {err}")
+
+    def _note(self, info: dict) -> None:
+        ram = info.get("ram")
+        if ram and info["status"] not in ("completed", "failed", "cancelled"):
+            self.record.progress(ram["transferred"], ram["remaining"], ram["total"], ram.get("mbps", 0) * 125000)
+
+    def _lost_qemu(self, err: QmpError) -> None:
+        if self.record.data["on"] == "destination":
+            raise MigrationError(
+                f"the source's QEMU of {self.name} ended after the switch and before its last page was sent ({err}); the guest on {self.job['to']} has lost "
+                f"those pages. Look at journalctl -u {vm_unit(self.name)} on {self.job['from']}"
+            ) from err
+        raise MigrationError(f"the QEMU of {self.name} ended or stopped answering during pre-copy ({err}); look at journalctl -u {vm_unit(self.name)}") from err
+
+    def _stayed(self, info: dict) -> None:
+        if self._cancelled.startswith("aborted"):
+            raise Aborted(self._cancelled)
+        reason = self._cancelled or info.get("error-desc") or f"QEMU says the migration {info['status']}"
+        raise MigrationError(reason)
+
+    def _landed(self, info: dict) -> None:
+        """The destination has everything. Ends the QEMU here and forgets the VM's definition here."""
+        ram = info.get("ram") or {}
+        self.record.phase(
+            "postcopy" if self._postcopy_asked else "switch", on="destination", downtime_ms=info.get("downtime"), total_ms=info.get("total-time"),
+            bytes=ram.get("transferred"), rate_mib_s=None,
+        )  # fmt: skip
+        try:
+            self.qmp.execute("quit")
+        except QmpError:
+            pass  # QEMU may close the connection before it answers; the unit is waited for below
+        deadline = time.monotonic() + 60
+        while is_active(vm_unit(self.name)):
+            if time.monotonic() > deadline:
+                systemctl("kill", "--signal=KILL", vm_unit(self.name), check=False)
+                break
+            time.sleep(0.1)
+        systemctl("reset-failed", vm_unit(self.name), check=False)
+        systemctl("disable", vm_unit(self.name), check=False)
+        forget(self.name)
+        self.record.finish("moved", on="destination")
+
+
+def forget(name: str) -> None:
+    """Removes a VM's definition from a host that it left."""
+    for path in (config_path(name), incoming_env(name)):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+class Incoming:
+    """The destination's side: starts QEMU to receive the VM and follows it until it runs here, or cleans up.
+
+    :param job: vm, engine, config (text of the VM's definition), address, port_min, port_max, wait_s (how long an
+        announced VM may take to come).
+    """
+
+    def __init__(self, job: dict, state_dir: str):
+        self.job = job
+        self.name = job["vm"]
+        self.path = record_path(state_dir, self.name, incoming=True)
+        self.data = {"id": job["id"], "vm": self.name, "driver": "qmp", "engine": job["engine"], "phase": "starting", "result": None, "reason": "",
+                     "uri": None, "started": time.time(), "finished": None}  # fmt: skip
+        self.arrived = False
+        self.began = False
+
+    def save(self, **changes) -> None:
+        self.data.update(changes)
+        write_json(self.path, self.data)
+
+    def run(self) -> None:
+        self.save()
+        try:
+            qmp = self._listen()
+            self._receive(qmp)
+        except (QmpError, MigrationError, OSError) as err:
+            # Only before the VM runs here: after that, this QEMU is the VM.
+            if not self.arrived:
+                systemctl("stop", vm_unit(self.name), check=False)
+                systemctl("reset-failed", vm_unit(self.name), check=False)
+                try:
+                    os.unlink(incoming_env(self.name))
+                except FileNotFoundError:
+                    pass
+            self.save(phase="finished", result="failed", reason=str(err), finished=time.time())
+
+    def _listen(self) -> QmpClient:
+        job = self.job
+        os.makedirs(os.path.dirname(incoming_env(self.name)), mode=0o755, exist_ok=True)
+        handle = os.open(incoming_env(self.name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w") as out:
+            out.write(f"{job['config'].rstrip()}\nQEMU_INCOMING=-incoming defer\n")
+        systemctl("start", vm_unit(self.name))
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                qmp = QmpClient(agent_socket(self.name))
+                break
+            except QmpError as err:
+                if not is_active(vm_unit(self.name)):
+                    log = subprocess.run(["journalctl", "-q", "-n", "5", "-o", "cat", "-u", vm_unit(self.name)], capture_output=True, text=True, check=False)
+                    raise MigrationError(f"QEMU for {self.name} did not start: {log.stdout.strip()[-500:]}") from err
+                if time.monotonic() > deadline:
+                    raise MigrationError(f"QEMU for {self.name} did not open its monitor in 60 s") from err
+                time.sleep(0.1)
+        qmp.execute("migrate-set-capabilities", {"capabilities": capabilities(job["engine"])})
+        problem = None
+        for port in range(job["port_min"], job["port_max"] + 1):
+            uri = f"tcp:{job['address']}:{port}"
+            try:
+                qmp.execute("migrate-incoming", {"uri": uri})
+            except QmpError as err:
+                problem = err
+                if "in use" not in str(err).lower():
+                    break
+                continue
+            self.save(phase="listening", uri=uri)
+            return qmp
+        raise MigrationError(f"QEMU can't listen on {job['address']} ports {job['port_min']}-{job['port_max']}: {problem}")
+
+    def _receive(self, qmp: QmpClient) -> None:
+        since = time.monotonic()
+        while True:
+            try:
+                status = qmp.execute("query-migrate").get("status", "none")
+                running = qmp.execute("query-status")["status"]
+            except QmpError as err:
+                if self.arrived:
+                    raise MigrationError(f"the QEMU of {self.name} ended on this host after the VM had switched to it ({err})") from err
+                raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
+            if not self.arrived and running in ("running", "paused") and status in ("completed", "postcopy-active", "postcopy-paused"):
+                self._settle(status)
+            if status == "completed" and self.arrived:
+                self.save(phase="finished", result="moved", finished=time.time())
+                return
+            if status == "failed" and not self.arrived:
+                raise MigrationError("QEMU says that the incoming migration failed")
+            if status == "postcopy-paused":
+                self._listen_again(qmp)
+            elif status in ("none", "setup") and not self.began and time.monotonic() - since > self.job["wait_s"]:
+                raise MigrationError(f"nothing arrived within {self.job['wait_s']:g} s")
+            elif status in ("active", "device", "postcopy-active", "completed"):
+                self.began = True
+                if self.data["phase"] not in ("receiving", "arrived"):
+                    self.save(phase="receiving")
+            time.sleep(POLL)
+
+    def _settle(self, status: str) -> None:
+        """From here on this host is the VM's home: its definition survives a reboot."""
+        self.arrived = True
+        os.makedirs(CONFIG_DIR, mode=0o750, exist_ok=True)
+        handle = os.open(config_path(self.name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w") as out:
+            out.write(self.job["config"].rstrip() + "\n")
+        if self.job.get("enabled"):
+            systemctl("enable", vm_unit(self.name), check=False)
+        try:
+            os.unlink(incoming_env(self.name))
+        except FileNotFoundError:
+            pass
+        self.save(phase="arrived", arrived=time.time())
+
+    def _listen_again(self, qmp: QmpClient) -> None:
+        try:
+            qmp.execute("migrate-recover", {"uri": self.data["uri"]})
+            self.save(phase="arrived", reason="the stream was lost; listening for the source again")
+        except QmpError as err:
+            if err.kind == "ConnectionError":
+                raise
+            # Already listening, or the port is not free yet: the next round tries again.
