@@ -389,7 +389,11 @@ class VmInfo:
         return [self.qmp_vm(name) for name in _qmp_vms.names(folder, RUN_DIR) if self.chosen(name)]
 
     def qmp_vm(self, name: str) -> dict:
-        conf = _vm_facts.parse_environment(read_text(os.path.join(self.params["vm_config_dir"], f"{name}.conf")) or "")
+        # As in its unit: one that is arriving has its definition in the second file only.
+        files = (os.path.join(self.params["vm_config_dir"], f"{name}.conf"), os.path.join(RUN_DIR, "incoming", f"{name}.env"))
+        conf: dict = {}
+        for path in files:
+            conf.update(_vm_facts.parse_environment(read_text(path) or ""))
         job = self.recorded_job(name)
         queries = error = None
         try:

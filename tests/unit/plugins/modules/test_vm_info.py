@@ -317,6 +317,21 @@ def test_a_qemu_kept_busy_by_its_migration_is_migrating(run, monkeypatch, world,
     assert (vm["job"], [blocker["code"] for blocker in vm["blockers"]]) == (job, ["already_migrating"])
 
 
+def test_a_vm_that_is_arriving_counts_for_its_groups(run, monkeypatch, world):
+    (world / "vms").mkdir()
+    (world / "run" / "incoming").mkdir(parents=True)
+    (world / "run" / "incoming" / "db1.env").write_text('QEMU_ARGS="-m 512"\nVM_GROUPS_ANTI_AFFINITY="database"\n')
+    (world / "run" / "vm" / "db1").mkdir(parents=True)
+    (world / "run" / "vm" / "db1" / "agent.sock").touch()
+
+    def busy(run_dir, name, timeout):
+        raise _qmp_vms.QmpError("gave no answer", "ConnectionError")
+
+    monkeypatch.setattr(_qmp_vms, "open_agent", busy)
+    vm = run()["vms"][0]
+    assert (vm["memory_mib"], vm["groups"]["anti_affinity"]) == (512, ["database"])
+
+
 def test_a_qemu_that_hangs_is_reported_and_not_measured(run, monkeypatch, world):
     configure(world, "db1")
 
