@@ -206,6 +206,8 @@ class ActionModule(ActionBase):
             if not told:
                 display.display(f"{self.vm} -> {name}: waits, {', '.join(answer['busy'])} on the way there")
                 told = True
+            if self.args.get("evacuation"):
+                self._low_level_execute_command(self._sign_of_life())
             time.sleep(BUSY_POLL)
 
     def _release(self, destination: ActionModule) -> None:
@@ -215,9 +217,14 @@ class ActionModule(ActionBase):
         except AnsibleConnectionFailure as err:
             display.warning(f"{self.args['destination']} can't be reached to give back the room kept for {self.vm}; it lapses by itself ({err})")
 
+    def _sign_of_life(self) -> str:
+        return f"touch -c {shlex.quote(str(self.args.get('state_dir') or '/var/lib/hecaton'))}/claim"
+
     def _watch(self, found: dict, task_vars: dict) -> dict:
         """Prints progress until the migration has ended, and returns its last record."""
         command = f"cat {shlex.quote(found['record_path'])}; echo; systemctl is-active {shlex.quote(found['unit'])} || true"
+        if self.args.get("evacuation"):
+            command = f"{self._sign_of_life()}; {command}"
         lost_since, last, gone = None, "", False
         while True:
             try:

@@ -92,6 +92,43 @@ def locked(directory: str = DIRECTORY, timeout: float = 60.0):
         yield
 
 
+def claim_path(directory: str = DIRECTORY) -> str:
+    """A file whose time stamp is the last sign of life of the evacuation that cordoned this host."""
+    return os.path.join(directory, "claim")
+
+
+def sign_of_life(directory: str = DIRECTORY) -> None:
+    with open(claim_path(directory), "a", encoding="utf-8"):
+        os.utime(claim_path(directory))
+
+
+def await_lapse(directory: str, owner: str | None, lapses: float) -> bool:
+    """Whether the host is cordoned for another owner that has been silent for ``lapses`` seconds; waits for it to tell.
+
+    :raises CordonError: the other owner is alive.
+    """
+    begun = time.monotonic()
+    first = None
+    while True:
+        others = [each for each in _records(read(directory)) if each["owner"] not in (None, owner)]
+        if not others:
+            return False
+        try:
+            stamp = os.stat(claim_path(directory)).st_mtime_ns
+        except FileNotFoundError:
+            return True  # nothing that gives signs of life made this cordon
+        first = stamp if first is None else first
+        if stamp != first:
+            raise CordonError(
+                f"another evacuation of this host is running: {others[0]['owner']}, by {others[0]['by']} since {others[0]['since']} ({others[0]['reason']}). "
+                "Nothing was moved by this one; wait until that is done"
+            )
+        # Its clock may be off, or have been set: what counts as well is that nothing happened while we looked.
+        if not 0 <= time.time() - stamp / 1e9 < lapses or time.monotonic() - begun > lapses:
+            return True
+        time.sleep(0.5)
+
+
 def add(cordon: dict | None, new: dict, exclusive: bool = False, force: bool = False) -> dict:
     """The cordon after ``new`` = ``{reason, since, by, owner}`` joined it; the same dict when that changes nothing.
 

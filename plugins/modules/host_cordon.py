@@ -53,6 +53,13 @@ options:
     description: Take the cordon over from any other O(owner), whose work must have ended. A person's own cordon stays.
     type: bool
     default: false
+  claim_lapses:
+    description:
+      - With O(exclusive), an O(owner) that has given no sign of life for so many seconds counts as dead, and its cordon is taken
+        over. The module waits that long at most, and refuses as soon as the other gives one. V(0) for never.
+      - M(hecaton.fleet.vm_migrate) gives a sign while it watches a migration of O(hecaton.fleet.vm_migrate#module:evacuation).
+    type: float
+    default: 0
   hook:
     description:
       - Command with its arguments that tells the site's own systems, run on the hypervisor when the cordon changes.
@@ -174,16 +181,19 @@ class HostCordon:
         self.hook: dict | None = None
 
     def run(self) -> dict:
-        before = _cordon.read(self.state_dir)
-        after = self.wanted(before)
-        if after == before or self.module.check_mode:
-            return self.result(before, after)
+        if self.module.check_mode:
+            before = _cordon.read(self.state_dir)
+            return self.result(before, self.wanted(before))
+        if self.params["exclusive"] and self.params["claim_lapses"] > 0 and not self.params["force"]:
+            self.params["force"] = _cordon.await_lapse(self.state_dir, self.params["owner"], self.params["claim_lapses"])
         with _cordon.locked(self.state_dir):
             before = _cordon.read(self.state_dir)
             after = self.wanted(before)
             if after != before:
                 self.tell(before, after)
                 _cordon.write(after, self.state_dir)
+            if self.params["state"] == "present" and self.params["owner"]:
+                _cordon.sign_of_life(self.state_dir)
         return self.result(before, after)
 
     def wanted(self, before: dict | None) -> dict | None:
@@ -241,6 +251,7 @@ def main():
             "owner": {"type": "str"},
             "exclusive": {"type": "bool", "default": False},
             "force": {"type": "bool", "default": False},
+            "claim_lapses": {"type": "float", "default": 0},
             "hook": {"type": "list", "elements": "str"},
             "host_name": {"type": "str"},
             "state_dir": {"type": "path", "aliases": ["path"], "default": _cordon.DIRECTORY},

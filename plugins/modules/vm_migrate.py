@@ -138,6 +138,11 @@ options:
     description: Folder on the hypervisors where migrations are recorded.
     type: path
     default: /var/lib/hecaton
+  evacuation:
+    description:
+      - The evacuation that this migration is part of, the O(hecaton.fleet.host_cordon#module:owner) of the cordon on the source. While
+        the action plugin watches the migration, it gives the signs of life that keep others from taking the source over.
+    type: str
   journal:
     description:
       - Folder on the control node where the action plugin keeps the state of the migration while it watches it, in a file
@@ -191,7 +196,7 @@ migration:
     phase: {description: "One of starting, precopy, switch, postcopy, recovering, finished.", type: str, returned: always, sample: finished}
     result: {description: "One of moved, failed, aborted; null before it ended.", type: str, returned: always, sample: moved}
     reason: {description: Why it failed., type: str, returned: always, sample: ""}
-    on: {description: "Which side runs the virtual machine, source or destination.", type: str, returned: always, sample: destination}
+    "on": {description: "Which side runs the virtual machine, source or destination.", type: str, returned: always, sample: destination}
     downtime_ms: {description: How long the virtual machine stood still at the switch., type: int, returned: always, sample: 120}
     total_ms: {description: From start to last page., type: int, returned: always, sample: 7300}
     bytes: {description: What was sent., type: int, returned: always, sample: 158000000}
@@ -236,6 +241,7 @@ ARGUMENT_SPEC = {
     "wait": {"type": "bool", "default": True},
     "poll_interval": {"type": "float", "default": 3},
     "state_dir": {"type": "path", "default": "/var/lib/hecaton"},
+    "evacuation": {"type": "str"},
     "journal": {"type": "str"},
     "incoming": {"type": "dict"},
 }

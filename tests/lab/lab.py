@@ -202,6 +202,17 @@ class Lab:
             raise LabError(f"{name}: {' '.join(command)[:200]!r} ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-600:]}")
         return done
 
+    def ssh_bytes(self, name: str, command: str, timeout: float = 120) -> bytes:
+        """What a command on a host prints, as it is."""
+        return subprocess.run(["ssh", "-F", str(self.folder / "ssh_config"), name, "--", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=True).stdout
+
+    def put(self, name: str, source: pathlib.Path, target: str, before: str = "true") -> None:
+        """Copies a file to a host, after a command there."""
+        with open(source, "rb") as content:
+            done = subprocess.run(["ssh", "-F", str(self.folder / "ssh_config"), name, "--", f"{before} && cat > {target}"], stdin=content, capture_output=True, timeout=120, check=False)
+        if done.returncode:
+            raise LabError(f"{source.name} could not be copied to {name}: {done.stderr.decode(errors='replace').strip()}")
+
     # -- up and down -----------------------------------------------------------------------------------------------
 
     def up(self) -> None:

@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Guests on the lab's hosts: defines, starts, questions and removes them.
+
+Two kinds: ``tiny`` (the host's kernel and our checking init) and ``valkey`` (a small Debian with a database on a disk on
+the shared storage); two drivers: ``libvirt`` and ``qmp``. What runs where is asked of the hosts each time, because
+guests move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "guest")]
+
+import build as guest_build
+import image
+import lab as lab_module
+import report as guest_report
+from image import LabError
+
+FILES = "/var/lib/hecaton-lab"
+LOGS = "/var/log/hecaton-lab"
+SOCKETS = "/run/hecaton-lab"
+START_SECONDS = 420
+
+
+@dataclasses.dataclass(frozen=True)
+class Guest:
+    """What a guest is made of. ``words`` go to its kernel command line."""
+
+    name: str
+    driver: str
+    kind: str = "tiny"
+    memory_mib: int = 128
+    words: str = ""
+    extra_args: str = ""  # more arguments for QEMU, driver qmp only
+    extra_devices: str = ""  # more XML below <devices>, driver libvirt only
+    cpu: str = "host"
+
+    @property
+    def uuid(self) -> str:
+        return f"77000000-0000-4000-9000-{self.name.encode().hex()[:12].zfill(12)}"
+
+    @property
+    def append(self) -> str:
+        common = "console=ttyS0 quiet mitigations=off no_timer_check random.trust_cpu=on"
+        if self.kind == "tiny":
+            return f"{common} {self.words}"
+        address, _port = lab_module.FORWARDS["valkey"]
+        return f"{common} root=/dev/vda rw init=/sbin/lab-init lab.ip={address}/24 lab.gw={lab_module.GUEST_GATEWAY} {self.words}"
+
+    @property
+    def initrd(self) -> str:
+        return f"{FILES}/tiny.cpio" if self.kind == "tiny" else "/boot/initrd.img"
+
+    @property
+    def mac(self) -> str:
+        return f"52:54:00:77:03:{sum(self.name.encode()) % 256:02x}"
+
+    def xml(self, storage) -> str:
+        """The guest as a libvirt domain."""
+        devices = ""
+        if self.kind == "valkey":
+            devices = (
+                "<disk type='network' device='disk'><driver name='qemu' type='raw' cache='none'/>"
+                f"<source protocol='nbd' name='{self.name}'><host name='{lab_module.STORAGE}' port='{lab_module.STORAGE_PORT}'/></source>"
+                "<target dev='vda' bus='virtio'/></disk>"
+                f"<interface type='bridge'><source bridge='br0'/><mac address='{self.mac}'/><model type='virtio'/><rom enabled='no'/></interface>"
+            )
+        return (
+            f"<domain type='kvm'><name>{self.name}</name><uuid>{self.uuid}</uuid><memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>"
+            f"<os><type arch='x86_64' machine='pc'>hvm</type><kernel>/boot/vmlinuz</kernel><initrd>{self.initrd}</initrd><cmdline>{self.append}</cmdline></os>"
+            "<features><acpi/></features><cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
+            f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{devices}{self.extra_devices}<controller type='usb' model='none'/>"
+            f"<serial type='unix'><source mode='bind' path='{SOCKETS}/{self.name}.serial'/><log file='{LOGS}/{self.name}.log' append='on'/><target port='0'/></serial>"
+            "<memballoon model='none'/></devices></domain>"
+        )
+
+    def conf(self, storage) -> str:
+        """The guest as a unit's environment file."""
+        disk = ""
+        if self.kind == "valkey":
+            disk = (
+                f" -drive file=nbd://{lab_module.STORAGE}:{lab_module.STORAGE_PORT}/{self.name},if=virtio,format=raw,cache=none"
+                f" -netdev bridge,id=net0,br=br0 -device virtio-net-pci,netdev=net0,mac={self.mac},romfile="
+            )
+        return (
+            f"QEMU_ARGS=\"-machine pc,accel=kvm -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
+            f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log,logappend=on "
+            f"-serial chardev:serial0{disk} {self.extra_args}\"\n"
+        )
+
+
+#: Sets of guests by what they are for.
+SETS = {
+    "demo": (
+        Guest("web1", "libvirt", memory_mib=128, words="dirty.mib=32 dirty.rate=2 dirty.pattern=random dirty.report=2"),
+        Guest("web2", "qmp", memory_mib=160, words="dirty.mib=64 dirty.rate=8 dirty.pattern=hot dirty.hot_mib=8 dirty.report=2"),
+        Guest("batch1", "libvirt", memory_mib=256, words="dirty.mib=128 dirty.rate=20 dirty.pattern=seq dirty.report=2"),
+        Guest("batch2", "qmp", memory_mib=256, words="dirty.mib=128 dirty.rate=12 dirty.pattern=random dirty.report=2"),
+        Guest("idle1", "qmp", memory_mib=128, words="dirty.mib=16 dirty.rate=1 dirty.report=2"),
+        Guest("db1", "libvirt", kind="valkey", memory_mib=256),
+    ),
+    "small": (
+        Guest("one", "qmp", memory_mib=128, words="dirty.mib=32 dirty.rate=4 dirty.pattern=random dirty.report=1"),
+        Guest("two", "libvirt", memory_mib=128, words="dirty.mib=32 dirty.rate=4 dirty.pattern=random dirty.report=1"),
+    ),
+    "busy": (
+        Guest("one", "qmp", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),
+        Guest("two", "libvirt", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),
+    ),
+}
+
+
+class Guests:
+    """The guests of one lab."""
+
+    def __init__(self, lab: lab_module.Lab):
+        self.lab = lab
+
+    def prepare_hosts(self) -> None:
+        """Puts the files that guests are started from on all hosts."""
+        tiny = pathlib.Path(guest_build.tiny_initramfs())
+
+        def prepare(host):
+            self.lab.put(host, tiny, f"{FILES}/tiny.cpio", before=f"mkdir -p {FILES} {LOGS} {SOCKETS} /etc/qemu && chmod 777 {SOCKETS} {LOGS} && echo allow br0 > /etc/qemu/bridge.conf")
+
+        lab_module.each(prepare, lab_module.HOSTS)
+
+    def deploy(self, guests, host: str) -> None:
+        """Defines and starts guests on a host, and waits until each is up. Traces of earlier ones are removed first."""
+        self.destroy([guest.name for guest in guests])
+        self.prepare_hosts()
+        script = []
+        for guest in guests:
+            if guest.kind == "valkey":
+                disk = self.lab.disks() / guest.name
+                shutil.copyfile(pathlib.Path(guest_build.valkey_image()) / "root.raw", disk)
+            script.append(f": > {LOGS}/{guest.name}.log; chmod 666 {LOGS}/{guest.name}.log")
+            if guest.driver == "libvirt":
+                script.append(f"cat > {FILES}/{guest.name}.xml <<'END'\n{guest.xml(self.lab)}\nEND\nvirsh -q define {FILES}/{guest.name}.xml && virsh -q start {guest.name} || exit 1")
+            else:
+                script.append(
+                    f"test -e /etc/systemd/system/hecaton-vm@.service || {{ echo the role hecaton.fleet.qemu was not applied to {host} >&2; exit 1; }}\n"
+                    f"install -d -m 750 /etc/hecaton/vms; cat > /etc/hecaton/vms/{guest.name}.conf <<'END'\n{guest.conf(self.lab)}END\nsystemctl enable -q --now hecaton-vm@{guest.name} || exit 1"
+                )
+        self.lab.ssh(host, "bash", stdin="\n".join(script), timeout=START_SECONDS)
+        deadline = time.monotonic() + START_SECONDS
+        waiting = {guest.name: "valkey ready" if guest.kind == "valkey" else '"started"' for guest in guests}
+        while waiting:
+            logs = self._logs(list(waiting), [host])
+            waiting = {name: sign for name, sign in waiting.items() if sign.encode() not in logs.get(name, b"")}
+            if waiting and time.monotonic() > deadline:
+                name = next(iter(waiting))
+                raise LabError(f"{', '.join(waiting)} did not start in {START_SECONDS} s; the end of {name}'s console: {logs.get(name, b'')[-600:].decode(errors='replace')}")
+            if waiting:
+                time.sleep(1)
+
+    def destroy(self, names=None) -> None:
+        """Ends and forgets guests on all hosts; all of them without names."""
+        chosen = " ".join(names) if names else ""
+        script = f"""
+            chosen="{chosen}"
+            wanted() {{ [ -z "$chosen" ] || case " $chosen " in *" $1 "*) true;; *) false;; esac; }}
+            for vm in $(virsh -q list --all --name); do wanted "$vm" || continue; virsh -q destroy "$vm" 2>/dev/null; virsh -q undefine "$vm" 2>/dev/null; done
+            units=$(systemctl list-units --all --plain --no-legend 'hecaton-vm@*' 'hecaton-migrate-*' 'hecaton-incoming-*' | cut -d' ' -f1)
+            for unit in $units; do vm=${{unit#hecaton-vm@}}; vm=${{vm#hecaton-migrate-}}; vm=${{vm#hecaton-incoming-}}; vm=${{vm%.service}}
+                wanted "$vm" || continue
+                systemctl kill --signal=KILL "$unit" 2>/dev/null; systemctl stop "$unit" 2>/dev/null; systemctl reset-failed "$unit" 2>/dev/null; done
+            for file in /etc/hecaton/vms/*.conf /run/hecaton/incoming/*.env /run/hecaton/reserved/*.json /var/lib/hecaton/migrations/*.json /var/lib/hecaton/incoming/*.json \\
+                /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml; do
+                [ -e "$file" ] || continue; vm=$(basename "$file"); vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
+                case "$file" in *.conf) systemctl disable -q "hecaton-vm@$vm" 2>/dev/null;; esac; rm -f "$file"; done
+            rm -f /var/lib/hecaton/cordon.json /var/lib/hecaton/claim; true
+        """
+        lab_module.each(lambda host: self.lab.ssh(host, "bash", stdin=script), [h for h in lab_module.HOSTS if self.lab.running(h)])
+
+    def where(self) -> dict:
+        """The hosts that run each guest now: ``{name: [hosts]}``. One that is still being received does not count."""
+        found: dict = {}
+
+        def look(host):
+            listed = self.lab.ssh(
+                host, "virsh -q list --state-running --name; for u in $(systemctl list-units --plain --no-legend --state=active 'hecaton-vm@*' | cut -d' ' -f1); do "
+                "v=${u#hecaton-vm@}; v=${v%.service}; test -e /run/hecaton/incoming/$v.env || echo $v; done"
+            ).stdout.split()  # fmt: skip
+            for name in listed:
+                found.setdefault(name, []).append(host)
+
+        lab_module.each(look, [h for h in lab_module.HOSTS if self.lab.running(h)])
+        return {name: sorted(hosts) for name, hosts in sorted(found.items())}
+
+    def _logs(self, names, hosts=None) -> dict:
+        """What guests wrote on their consoles, on all hosts together."""
+        parts: dict = {}
+
+        def fetch(host):
+            listing = " ".join(f"{LOGS}/{name}.log" for name in names)
+            text = self.lab.ssh_bytes(host, f"for f in {listing}; do [ -e $f ] && echo @@file $f && cat $f; done; true")
+            for part in text.split(b"@@file ")[1:]:
+                path, _newline, content = part.partition(b"\n")
+                parts.setdefault(pathlib.PurePath(path.decode().strip()).stem, []).append(content)
+
+        lab_module.each(fetch, hosts or [h for h in lab_module.HOSTS if self.lab.running(h)])
+        return {name: b"\n".join(contents) for name, contents in parts.items()}
+
+    def summaries(self, names) -> dict:
+        """What each tiny guest reported so far, on whichever hosts it was."""
+        return {name: guest_report.parse(content) for name, content in self._logs(names).items()}
+
+    def full_check(self, names, timeout: float = 120) -> dict:
+        """Lets each guest check every page now: ``{name: {pages, corrupt, corrupt_total}}``.
+
+        :raises LabError: a guest does not run on exactly one host, or gives no answer.
+        """
+        where = self.where()
+        before = {name: len(summary.full_checks) for name, summary in self.summaries(names).items()}
+        for name in names:
+            if len(where.get(name, [])) != 1:
+                raise LabError(f"{name} runs on {where.get(name) or 'no host'}")
+            self.lab.ssh(where[name][0], f"printf 'check\\n' | timeout 5 socat -t 1 - UNIX-CONNECT:{SOCKETS}/{name}.serial >/dev/null; true")
+        deadline = time.monotonic() + timeout
+        results: dict = {}
+        while len(results) < len(names):
+            for name, summary in self.summaries([n for n in names if n not in results]).items():
+                if len(summary.full_checks) > before.get(name, 0):
+                    results[name] = summary.full_checks[-1]
+            if time.monotonic() > deadline:
+                raise LabError(f"no answer to a full check from {', '.join(n for n in names if n not in results)} in {timeout:g} s")
+            time.sleep(0.5)
+        return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=pathlib.Path, default=lab_module.REPO / "build" / "lab", help="the lab's folder (default: build/lab)")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("deploy", help="start a set of guests")
+    one.add_argument("set", choices=sorted(SETS))
+    one.add_argument("--host", default="hv1")
+    verbs.add_parser("destroy", help="end all guests and remove their traces")
+    verbs.add_parser("where", help="say which host runs which guest")
+    one = verbs.add_parser("check", help="let tiny guests check all their memory; status 1 if any page is wrong")
+    one.add_argument("names", nargs="+")
+    args = parser.parse_args()
+    guests = Guests(lab_module.Lab(args.dir))
+    try:
+        if args.verb == "deploy":
+            guests.deploy(SETS[args.set], args.host)
+        elif args.verb == "destroy":
+            guests.destroy()
+        elif args.verb == "where":
+            print(json.dumps(guests.where()))
+        else:
+            results = guests.full_check(args.names)
+            print(json.dumps(results, indent=1))
+            return int(any(result["corrupt_total"] for result in results.values()))
+    except LabError as err:
+        print(f"guests: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
