@@ -216,7 +216,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.hecaton.fleet.plugins.module_utils._libvirt import LibvirtError, connect, installed, libvirt_module
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import UNFINISHED, agent_socket, config_path, incoming_env, is_active, systemctl, vm_unit
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
-from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, abort_path, check_name, finish_stale, read_record, record_pathfrom ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
+from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, abort_path, check_name, finish_stale, read_record, record_path
+from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
 
 ARGUMENT_SPEC = {
     "name": {"type": "str", "required": True, "aliases": ["vm"]},
