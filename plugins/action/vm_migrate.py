@@ -171,7 +171,9 @@ class ActionModule(ActionBase):
                     keys["become_pass"] = context.become_pass
                 plugin.set_options(task_keys=keys, var_options=plugin._resolve_option_variables(variables, templar)
                                    if hasattr(plugin, "_resolve_option_variables") else self._options(variables, templar))  # fmt: skip
-        other = ActionModule(task=task, connection=connection, play_context=context, loader=self._loader, templar=templar, shared_loader_obj=self._shared_loader_obj)
+        other = ActionModule(
+            task=task, connection=connection, play_context=context, loader=self._loader, templar=templar, shared_loader_obj=self._shared_loader_obj
+        )
         other.args, other.vm, other.variables = self.args, self.vm, merged
         address = self.args.get("migration_address") or variables.get("vm_migration_address") or variables.get("ansible_host") or name
         other.address = templar.template(address)

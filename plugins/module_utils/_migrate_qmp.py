@@ -149,8 +149,8 @@ class Outgoing:
                     self.record.phase("recovering", on="destination", recoveries=self.record.data["recoveries"] + 1)
                 if now - broken_since > (job.get("recovery_timeout_s") or 3600):
                     raise MigrationError(
-                        f"the connection for {self.name}'s memory was lost after the switch and did not come back in {now - broken_since:.0f} s; the VM waits on "
-                        f"{job['to']} with its missing pages here: keep both QEMUs running, mend the network and run the evacuation again to resume it"
+                        f"the connection for {self.name}'s memory was lost after the switch and did not come back in {now - broken_since:.0f} s; the VM waits "
+                        f"on {job['to']} with its missing pages here: keep both QEMUs running, mend the network and run the evacuation again to resume it"
                     )
                 if now >= attempt_at:
                     attempt_at, pause = now + pause, min(pause * 2, BACKOFF[1])

@@ -111,4 +111,4 @@ if __name__ == "__main__":
     import json
 
     with open(sys.argv[1]) as handle:
-        sys.exit(drive(json.load(handle), sys.argv[2]))
+        raise SystemExit(drive(json.load(handle), sys.argv[2]))

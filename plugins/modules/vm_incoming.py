@@ -178,9 +178,10 @@ ARGUMENT_SPEC = {
 def arriving_qmp() -> set:
     """Names of VMs whose incoming units run."""
     listed = subprocess.run(
-        ["systemctl", "list-units", "--plain", "--no-legend", "--state=active,activating", "hecaton-incoming-*.service"], capture_output=True, text=True, check=False
-    )
-    return {line.split()[0][len("hecaton-incoming-"):-len(".service")] for line in listed.stdout.splitlines() if line.strip()}
+        ["systemctl", "list-units", "--plain", "--no-legend", "--state=active,activating", "hecaton-incoming-*.service"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {line.split()[0][len("hecaton-incoming-") : -len(".service")] for line in listed.stdout.splitlines() if line.strip()}
 
 
 def resident_mib(name: str) -> int:
@@ -290,8 +291,8 @@ class VmIncoming:
         short = _reservations.shortage(memory, self.params["memory_reserve"], available, outstanding)
         if short > 0:
             raise MigrationError(
-                f"no room for {self.name} on this host: it needs {memory} MiB and {self.params['memory_reserve']} MiB have to stay free; {available} MiB are free, of "
-                f"which {outstanding} MiB are kept for {', '.join(sorted(reservations)) or 'nobody'}: {short} MiB short"
+                f"no room for {self.name} on this host: it needs {memory} MiB and {self.params['memory_reserve']} MiB have to stay free; "
+                f"{available} MiB are free, of which {outstanding} MiB are kept for {', '.join(sorted(reservations)) or 'nobody'}: {short} MiB short"
             )
 
     # -- driver qmp ------------------------------------------------------------------------------------------------
@@ -300,8 +301,9 @@ class VmIncoming:
         # One that was prepared before and never came is replaced.
         self._stop_waiting()
         job = {
-            "side": "incoming", "id": ident, "vm": self.name, "engine": self.params["engine"], "config": self.params["config"], "enabled": self.params["enabled"],
-            "address": self.params["address"], "port_min": self.params["port_min"], "port_max": self.params["port_max"], "wait_s": self.params["arrival_timeout"],
+            "side": "incoming", "id": ident, "vm": self.name, "engine": self.params["engine"], "config": self.params["config"],
+            "enabled": self.params["enabled"], "address": self.params["address"], "port_min": self.params["port_min"], "port_max": self.params["port_max"],
+            "wait_s": self.params["arrival_timeout"],
         }  # fmt: skip
         start(job, self.state_dir)
         deadline = time.monotonic() + 120

@@ -214,7 +214,15 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.hecaton.fleet.plugins.module_utils._libvirt import LibvirtError, connect, installed, libvirt_module
-from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import UNFINISHED, agent_socket, config_path, incoming_env, is_active, systemctl, vm_unit
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import (
+    UNFINISHED,
+    agent_socket,
+    config_path,
+    incoming_env,
+    is_active,
+    systemctl,
+    vm_unit,
+)
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, abort_path, check_name, finish_stale, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
@@ -425,7 +433,9 @@ class VmMigrate:
         if not self.attached:
             return
         if record["on"] == "destination":
-            raise MigrationError(f"the migration of {self.name} can't be aborted any more: it already runs on {record['to']}, only part of its memory is still to come")
+            raise MigrationError(
+                f"the migration of {self.name} can't be aborted any more: it already runs on {record['to']}, only part of its memory is still to come"
+            )
         self.result.update(changed=True, record_path=record_path(self.state_dir, self.name), unit=unit_name(self.name))
         if not self.module.check_mode:
             with open(abort_path(self.state_dir, self.name), "w"):
