@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """How long the planner takes for a big fleet, and how well it packs.

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A client of valkey (or redis) that knows what each of its keys holds, and records what it was made to wait.
@@ -164,7 +163,7 @@ class Worker(threading.Thread):
         self.number, self.options, self.totals, self.stop = number, options, totals, stop
         self.random = random.Random(f"{options.seed}/{number}")
         self.count = max(1, options.keys // options.connections)
-        self.versions = [{0} for _ in range(self.count)]
+        self.versions = [{0} for _number in range(self.count)]
         self.counter = {0}
         self.connection = None
         self.since = None  # when the request under way was sent
@@ -204,7 +203,7 @@ class Worker(threading.Thread):
         for at in range(0, len(commands), BATCH):
             part = commands[at : at + BATCH]
             self.connection.send(*part)
-            for reply in [self.connection.receive() for _ in part]:
+            for reply in [self.connection.receive() for _command in part]:
                 if reply != b"OK":
                     raise Broken(f"SET answered {reply!r}")
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Guests on the lab's hosts: defines, starts, questions and removes them.
@@ -22,7 +21,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "guest")]
 
 import build as guest_build
-import image
 import lab as lab_module
 import report as guest_report
 from image import LabError
@@ -81,7 +79,8 @@ class Guest:
             f"<os><type arch='x86_64' machine='pc'>hvm</type><kernel>/boot/vmlinuz</kernel><initrd>{self.initrd}</initrd><cmdline>{self.append}</cmdline></os>"
             "<features><acpi/></features><cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
             f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{devices}{self.extra_devices}<controller type='usb' model='none'/>"
-            f"<serial type='unix'><source mode='bind' path='{SOCKETS}/{self.name}.serial'/><log file='{LOGS}/{self.name}.log' append='on'/><target port='0'/></serial>"
+            f"<serial type='unix'><source mode='bind' path='{SOCKETS}/{self.name}.serial'/><log file='{LOGS}/{self.name}.log' append='on'/>"
+            "<target port='0'/></serial>"
             "<memballoon model='none'/></devices></domain>"
         )
 
@@ -95,8 +94,8 @@ class Guest:
             )
         return (
             f"QEMU_ARGS=\"-machine pc,accel=kvm -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
-            f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log,logappend=on "
-            f"-serial chardev:serial0{disk} {self.extra_args}\"\n"
+            f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log"
+            f",logappend=on -serial chardev:serial0{disk} {self.extra_args}\"\n"
         )
 
 
@@ -131,8 +130,10 @@ class Guests:
         """Puts the files that guests are started from on all hosts."""
         tiny = pathlib.Path(guest_build.tiny_initramfs())
 
+        before = f"mkdir -p {FILES} {LOGS} {SOCKETS} /etc/qemu && chmod 777 {SOCKETS} {LOGS} && echo allow br0 > /etc/qemu/bridge.conf"
+
         def prepare(host):
-            self.lab.put(host, tiny, f"{FILES}/tiny.cpio", before=f"mkdir -p {FILES} {LOGS} {SOCKETS} /etc/qemu && chmod 777 {SOCKETS} {LOGS} && echo allow br0 > /etc/qemu/bridge.conf")
+            self.lab.put(host, tiny, f"{FILES}/tiny.cpio", before=before)
 
         lab_module.each(prepare, lab_module.HOSTS)
 
@@ -147,11 +148,15 @@ class Guests:
                 shutil.copyfile(pathlib.Path(guest_build.valkey_image()) / "root.raw", disk)
             script.append(f": > {LOGS}/{guest.name}.log; chmod 666 {LOGS}/{guest.name}.log")
             if guest.driver == "libvirt":
-                script.append(f"cat > {FILES}/{guest.name}.xml <<'END'\n{guest.xml(self.lab)}\nEND\nvirsh -q define {FILES}/{guest.name}.xml && virsh -q start {guest.name} || exit 1")
+                script.append(
+                    f"cat > {FILES}/{guest.name}.xml <<'END'\n{guest.xml(self.lab)}\nEND\n"
+                    f"virsh -q define {FILES}/{guest.name}.xml && virsh -q start {guest.name} || exit 1"
+                )
             else:
                 script.append(
                     f"test -e /etc/systemd/system/hecaton-vm@.service || {{ echo the role hecaton.fleet.qemu was not applied to {host} >&2; exit 1; }}\n"
-                    f"install -d -m 750 /etc/hecaton/vms; cat > /etc/hecaton/vms/{guest.name}.conf <<'END'\n{guest.conf(self.lab)}END\nsystemctl enable -q --now hecaton-vm@{guest.name} || exit 1"
+                    f"install -d -m 750 /etc/hecaton/vms; cat > /etc/hecaton/vms/{guest.name}.conf <<'END'\n{guest.conf(self.lab)}END\n"
+                    f"systemctl enable -q --now hecaton-vm@{guest.name} || exit 1"
                 )
         self.lab.ssh(host, "bash", stdin="\n".join(script), timeout=START_SECONDS)
         deadline = time.monotonic() + START_SECONDS
@@ -161,7 +166,8 @@ class Guests:
             waiting = {name: sign for name, sign in waiting.items() if sign.encode() not in logs.get(name, b"")}
             if waiting and time.monotonic() > deadline:
                 name = next(iter(waiting))
-                raise LabError(f"{', '.join(waiting)} did not start in {START_SECONDS} s; the end of {name}'s console: {logs.get(name, b'')[-600:].decode(errors='replace')}")
+                tail = logs.get(name, b"")[-600:].decode(errors="replace")
+                raise LabError(f"{', '.join(waiting)} did not start in {START_SECONDS} s; the end of {name}'s console: {tail}")
             if waiting:
                 time.sleep(1)
 
@@ -176,8 +182,8 @@ class Guests:
             for unit in $units; do vm=${{unit#hecaton-vm@}}; vm=${{vm#hecaton-migrate-}}; vm=${{vm#hecaton-incoming-}}; vm=${{vm%.service}}
                 wanted "$vm" || continue
                 systemctl kill --signal=KILL "$unit" 2>/dev/null; systemctl stop "$unit" 2>/dev/null; systemctl reset-failed "$unit" 2>/dev/null; done
-            for file in /etc/hecaton/vms/*.conf /run/hecaton/incoming/*.env /run/hecaton/reserved/*.json /var/lib/hecaton/migrations/*.json /var/lib/hecaton/incoming/*.json \\
-                /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml; do
+            for file in /etc/hecaton/vms/*.conf /run/hecaton/incoming/*.env /run/hecaton/reserved/*.json \\
+                /var/lib/hecaton/migrations/*.json /var/lib/hecaton/incoming/*.json /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml; do
                 [ -e "$file" ] || continue; vm=$(basename "$file"); vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
                 case "$file" in *.conf) systemctl disable -q "hecaton-vm@$vm" 2>/dev/null;; esac; rm -f "$file"; done
             rm -f /var/lib/hecaton/cordon.json /var/lib/hecaton/claim; true
@@ -190,7 +196,8 @@ class Guests:
 
         def look(host):
             listed = self.lab.ssh(
-                host, "virsh -q list --state-running --name; for u in $(systemctl list-units --plain --no-legend --state=active 'hecaton-vm@*' | cut -d' ' -f1); do "
+                host, "virsh -q list --state-running --name; "
+                "for u in $(systemctl list-units --plain --no-legend --state=active 'hecaton-vm@*' | cut -d' ' -f1); do "
                 "v=${u#hecaton-vm@}; v=${v%.service}; test -e /run/hecaton/incoming/$v.env || echo $v; done"
             ).stdout.split()  # fmt: skip
             for name in listed:

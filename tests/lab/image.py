@@ -131,7 +131,7 @@ def drop(folder: pathlib.Path) -> None:
 
 def run(command: list, **options) -> subprocess.CompletedProcess:
     """Runs a command; its output is shown only when it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False, **options)
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-25:])
         raise LabError(f"{' '.join(map(str, command[:4]))} ... ended with {done.returncode}:\n{tail}")

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The lab: three emulated Debian hypervisors that run real KVM guests.
@@ -144,14 +143,12 @@ def accelerator() -> str:
     return result
 
 
-class Monitor:
-    """A host's QEMU monitor (QMP); the collection's own client is loaded from this tree."""
-
-    def __new__(cls, path):
-        spec = {}
-        source = (REPO / "plugins" / "module_utils" / "_qmp.py").read_text()
-        exec(compile(source, "_qmp.py", "exec"), spec)  # not importable as a package from here
-        return spec["QmpClient"](str(path), timeout=120)
+def monitor_of(path):
+    """A client of a host's QEMU monitor (QMP); the collection's own is loaded from this tree."""
+    spec = {}
+    source = (REPO / "plugins" / "module_utils" / "_qmp.py").read_text()
+    exec(compile(source, "_qmp.py", "exec"), spec)  # not importable as a package from here
+    return spec["QmpClient"](str(path), timeout=120)
 
 
 class Lab:
@@ -194,7 +191,7 @@ class Lab:
         try:
             done = subprocess.run(
                 ["ssh", "-F", str(self.folder / "ssh_config"), name, "--", *command],
-                capture_output=True, text=True, errors="replace", timeout=timeout, input=stdin if stdin is not None else "",
+                capture_output=True, text=True, errors="replace", timeout=timeout, input=stdin if stdin is not None else "", check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as err:
             raise LabError(f"{name} did not finish {' '.join(command)[:80]!r} in {timeout:g} s") from err
@@ -204,12 +201,17 @@ class Lab:
 
     def ssh_bytes(self, name: str, command: str, timeout: float = 120) -> bytes:
         """What a command on a host prints, as it is."""
-        return subprocess.run(["ssh", "-F", str(self.folder / "ssh_config"), name, "--", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=True).stdout
+        return subprocess.run(
+            ["ssh", "-F", str(self.folder / "ssh_config"), name, "--", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=True
+        ).stdout
 
     def put(self, name: str, source: pathlib.Path, target: str, before: str = "true") -> None:
         """Copies a file to a host, after a command there."""
         with open(source, "rb") as content:
-            done = subprocess.run(["ssh", "-F", str(self.folder / "ssh_config"), name, "--", f"{before} && cat > {target}"], stdin=content, capture_output=True, timeout=120, check=False)
+            done = subprocess.run(
+                ["ssh", "-F", str(self.folder / "ssh_config"), name, "--", f"{before} && cat > {target}"],
+                stdin=content, capture_output=True, timeout=120, check=False,
+            )  # fmt: skip
         if done.returncode:
             raise LabError(f"{source.name} could not be copied to {name}: {done.stderr.decode(errors='replace').strip()}")
 
@@ -425,7 +427,7 @@ class Lab:
 
     def _resume(self, name: str, deadline: float) -> None:
         """Lets a restored host run as soon as its memory is there: it was stopped when it was saved."""
-        with Monitor(pathlib.Path(self.state["run"]) / f"{name}.monitor") as monitor:
+        with monitor_of(pathlib.Path(self.state["run"]) / f"{name}.monitor") as monitor:
             while monitor.execute("query-migrate").get("status") != "completed":
                 if time.monotonic() > deadline:
                     raise LabError(f"{name}'s saved memory could not be loaded in {RESTORE_SECONDS} s")
@@ -453,7 +455,7 @@ class Lab:
         run = pathlib.Path(self.state["run"])
         # Let what booting started settle, and keep no log of it that grows with every restore.
         self.ssh(name, "systemctl is-system-running --wait >/dev/null; journalctl -q --rotate --vacuum-size=1M; sync; echo 3 > /proc/sys/vm/drop_caches")
-        monitor = Monitor(run / f"{name}.monitor")
+        monitor = monitor_of(run / f"{name}.monitor")
         with monitor:
             monitor.execute("stop")
             monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
@@ -524,7 +526,8 @@ def main() -> int:
             rows = lab.status()
             for row in rows:
                 if row["running"]:
-                    print(f"{row['host']}  up    ssh {row['ssh']}  guests {row['guests']}  free {row['memory_free_mib']} MiB" + (f"  {row['error']}" if row.get("error") else ""))
+                    error = f"  {row['error']}" if row.get("error") else ""
+                    print(f"{row['host']}  up    ssh {row['ssh']}  guests {row['guests']}  free {row['memory_free_mib']} MiB{error}")
                 else:
                     print(f"{row['host']}  down")
             return 0 if all(row["running"] and not row.get("error") for row in rows) else 1

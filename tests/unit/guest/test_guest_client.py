@@ -66,7 +66,7 @@ class Session(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError, HangUp):
             while header := self.rfile.readline():
                 words = []
-                for _ in range(int(header[1:])):
+                for _number in range(int(header[1:])):
                     length = int(self.rfile.readline()[1:])
                     words.append(self.rfile.read(length + 2)[:-2])
                 self.wfile.write(self.server.answer(words))
@@ -94,7 +94,7 @@ def load(tmp_path, port, *options, seconds=0.8):
             sys.executable, str(GUEST / "client.py"), "--port", str(port), "--result", str(result), "--keys", "20",
             "--seconds", str(seconds), "--rate", "400", *options,
         ],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     return done.returncode, json.loads(result.read_text()) if result.exists() else None, done.stderr
 
@@ -116,13 +116,13 @@ def after(count, command, reply):
 
 def test_a_server_that_does_right_has_no_failures(tmp_path):
     with fake() as server:
-        status, result, _ = load(tmp_path, server.port, "--connections", "3", "--name", "web", "--value-bytes", "300")
+        status, result, _errors = load(tmp_path, server.port, "--connections", "3", "--name", "web", "--value-bytes", "300")
     assert status == 0
     assert result["name"] == "web"
     assert (result["failed"], result["wrong"], result["messages"]) == (0, 0, [])
     assert 50 < result["requests"] <= 340
     assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["worst_ms"]
-    assert sum(result["per_second"]) == result["requests"] == sum(n for _, n in result["latency_ms"])
+    assert sum(result["per_second"]) == result["requests"] == sum(n for _bound, n in result["latency_ms"])
     assert max(result["worst_ms_per_second"]) == result["worst_ms"]
     assert result["started"] < result["finished"]
     assert sum(len(v) >= 300 for v in server.data.values()) == 18
@@ -162,7 +162,7 @@ def test_a_real_server(tmp_path):
 )
 def test_each_fault_is_one_failed_request(tmp_path, command, reply, kind):
     with fake(after(100, command, reply)) as server:
-        status, result, _ = load(tmp_path, server.port, "--connections", "2")
+        status, result, _errors = load(tmp_path, server.port, "--connections", "2")
     assert status == 1
     assert (result["failed"], result[kind]) == (1, 1), result["messages"]
     assert len(result["messages"]) == 1
@@ -172,7 +172,7 @@ def test_each_fault_is_one_failed_request(tmp_path, command, reply, kind):
 def test_a_write_that_is_confirmed_and_lost_is_noticed(tmp_path):
     """What a page of the guest older than its last write would look like from outside."""
     with fake(after(60, b"SET", b"+OK\r\n")) as server:
-        status, result, _ = load(tmp_path, server.port, "--connections", "1", "--keys", "2")
+        status, result, _errors = load(tmp_path, server.port, "--connections", "1", "--keys", "2")
     assert status == 1
     assert result["wrong"] >= 1
     assert "not version" in result["messages"][0]
@@ -191,7 +191,7 @@ def test_a_write_whose_answer_never_came_may_be_there_or_not(tmp_path, applied):
         return None
 
     with fake(fault) as server:
-        _, result, _ = load(tmp_path, server.port, "--connections", "1", "--keys", "2", seconds=2)
+        _status, result, _errors = load(tmp_path, server.port, "--connections", "1", "--keys", "2", seconds=2)
     assert (result["failed"], result["broken"], result["wrong"]) == (1, 1, 0), result["messages"]
 
 
@@ -201,7 +201,7 @@ def test_a_pause_is_waited_for_and_measured_but_no_failure(tmp_path):
             time.sleep(1)
 
     with fake(fault) as server:
-        status, result, _ = load(tmp_path, server.port, seconds=3)
+        status, result, _errors = load(tmp_path, server.port, seconds=3)
     assert (status, result["failed"]) == (0, 0)
     assert 1000 <= result["worst_ms"] < 3000
 
@@ -212,7 +212,7 @@ def test_no_answer_in_time_is_a_failure(tmp_path):
             time.sleep(1.5)
 
     with fake(fault) as server:
-        status, result, _ = load(tmp_path, server.port, "--timeout", "0.5", "--connections", "1", seconds=3)
+        status, result, _errors = load(tmp_path, server.port, "--timeout", "0.5", "--connections", "1", seconds=3)
     assert status == 1
     assert result["broken"] >= 1
     assert "timed out" in result["messages"][0]
@@ -224,7 +224,7 @@ def test_a_server_that_went_away_fails_until_it_is_back(tmp_path):
             raise HangUp
 
     with fake(fault) as server:
-        status, result, _ = load(tmp_path, server.port, "--connections", "2", seconds=2)
+        status, result, _errors = load(tmp_path, server.port, "--connections", "2", seconds=2)
     assert status == 1
     assert result["failed"] >= 4
 
@@ -236,7 +236,7 @@ def test_a_request_that_is_never_answered_counts_when_the_client_is_stopped(tmp_
 
     with fake(fault) as server:
         options = ("--connections", "1", "--grace", "0.3")
-        status, result, _ = load(tmp_path, server.port, *options, seconds=1)
+        status, result, _errors = load(tmp_path, server.port, *options, seconds=1)
     assert status == 1
     assert result["failed"] == 1
     assert result["worst_ms"] > 300

@@ -108,9 +108,9 @@ def test_nothing_and_noise():
     empty = report.parse(b"")
     assert (empty.latest, empty.corrupt, empty.max_stall_us, empty.garbled) == (None, 0, 0, 0)
     noise = random.Random(1)
-    for _ in range(200):
+    for _line in range(200):
         text = bytearray(STARTED + line(1) + line(2))
-        for _ in range(noise.randrange(1, 20)):
+        for _byte in range(noise.randrange(1, 20)):
             text[noise.randrange(len(text))] = noise.randrange(256)
         report.parse(bytes(text)).as_dict()
 
