@@ -186,13 +186,18 @@ class HostCordon:
             return self.result(before, self.wanted(before))
         if self.params["exclusive"] and self.params["claim_lapses"] > 0 and not self.params["force"]:
             self.params["force"] = _cordon.await_lapse(self.state_dir, self.params["owner"], self.params["claim_lapses"])
+        claims = self.params["state"] == "present" and self.params["owner"]
+        before = _cordon.read(self.state_dir)
+        after = self.wanted(before)
+        if after == before and not claims:
+            return self.result(before, after)  # nothing to do, and nothing left behind
         with _cordon.locked(self.state_dir):
             before = _cordon.read(self.state_dir)
             after = self.wanted(before)
             if after != before:
                 self.tell(before, after)
                 _cordon.write(after, self.state_dir)
-            if self.params["state"] == "present" and self.params["owner"]:
+            if claims:
                 _cordon.sign_of_life(self.state_dir)
         return self.result(before, after)
 
