@@ -74,6 +74,17 @@ def each(work, names) -> None:
         raise failures[0]
 
 
+def pid_in(path: pathlib.Path) -> int:
+    """The id in a pid file. A daemon may still be about to write it when the command that started it is through."""
+    deadline = time.monotonic() + 10
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            return int(path.read_text())
+        if time.monotonic() > deadline:
+            raise LabError(f"nothing wrote its process id to {path} in 10 s")
+        time.sleep(0.05)
+
+
 class Process:
     """A process that we started: its id, and its start time, so that a reused id is never taken for it."""
 
@@ -303,11 +314,11 @@ class Lab:
         for name in HOSTS:
             command += ["-netdev", self._link(name, f"hub-{name}", f"mig-{name}"), "-netdev", f"hubport,id=p-{name},hubid=0,netdev={name}"]
         image.run(command)
-        self.state["hub"] = Process.record(int((run / "hub.pid").read_text()))
+        self.state["hub"] = Process.record(pid_in(run / "hub.pid"))
         # The guests' network is a learning switch, and one of its ports leads to QEMU's own TCP stack, by which clients
         # outside reach guests. restrict=on: nothing leaves for the machine's own network.
         image.run(["vde_switch", "-d", "-s", f"{run}/guests", "-p", f"{run}/switch.pid", "-M", f"{run}/switch.mgmt"])
-        self.state["switch"] = Process.record(int((run / "switch.pid").read_text()))
+        self.state["switch"] = Process.record(pid_in(run / "switch.pid"))
         forwards = "".join(f",hostfwd=tcp:127.0.0.1:{self.state['forwards'][n]}-{a}:{p}" for n, (a, p) in FORWARDS.items())
         image.run([
             "qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-daemonize", "-pidfile", f"{run}/outside.pid",
@@ -315,7 +326,7 @@ class Lab:
             "-netdev", "hubport,id=p1,hubid=0,netdev=outside",
             "-netdev", f"vde,id=guests,sock={run}/guests", "-netdev", "hubport,id=p2,hubid=0,netdev=guests",
         ])  # fmt: skip
-        self.state["outside"] = Process.record(int((run / "outside.pid").read_text()))
+        self.state["outside"] = Process.record(pid_in(run / "outside.pid"))
         self._save()
 
     def _link(self, ident: str, local: str, remote: str) -> str:
@@ -359,7 +370,7 @@ class Lab:
         if snapshot:
             command += ["-incoming", f"exec:zstd -dcq {snapshot}/{name}.state"]
         image.run(command)
-        host["process"] = Process.record(int((run / f"{name}.pid").read_text()))
+        host["process"] = Process.record(pid_in(run / f"{name}.pid"))
         self._save()
 
     def _write_access(self) -> None:
