@@ -124,7 +124,7 @@ def await_lapse(directory: str, owner: str | None, lapses: float) -> bool:
                 "Nothing was moved by this one; wait until that is done"
             )
         # Its clock may be off, or have been set: what counts as well is that nothing happened while we looked.
-        if not 0 <= time.time() - stamp / 1e9 < lapses or time.monotonic() - begun > lapses:
+        if time.time() - stamp / 1e9 >= lapses or time.monotonic() - begun >= lapses:
             return True
         time.sleep(0.5)
 
