@@ -32,7 +32,7 @@ class Aborted(MigrationError):
 
 def check_name(name: str) -> str:
     """:raises MigrationError: the name can't name a file and a unit."""
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         raise MigrationError(f"VM name {name!r} has characters that cannot be part of a unit's name; allowed are letters, digits and _ . + -")
     return name
 
