@@ -60,7 +60,7 @@ molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacua
 	@$(PYTHON) tests/needs.py lab
 	@venv=$$($(PYTHON) tests/devenv.py) && cd build/collections/ansible_collections/hecaton/fleet/extensions && \
 	  PATH="$$venv/bin:$$PATH" ANSIBLE_COLLECTIONS_PATH="$(CURDIR)/build/collections" HECATON_CHECKOUT="$(CURDIR)" \
-	  molecule test --scenario-name $(SCENARIO)
+	  molecule --base-config molecule/config.yml test --scenario-name $(SCENARIO)
 
 bench: ## Measure, in the lab
 	@$(PYTHON) tests/needs.py lab
