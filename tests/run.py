@@ -73,6 +73,19 @@ def main(names: list[str]) -> int:
     if unknown:
         sys.exit(f"unknown stage: {' '.join(sorted(unknown))} (known: {' '.join(stage.name for stage in STAGES)})")
     LOGS.mkdir(parents=True, exist_ok=True)
+    had_lab = (ROOT / "build" / "lab" / "lab.json").exists()
+    try:
+        passed, failed = run_stages(names)
+    finally:
+        if not had_lab:
+            # A lab that these checks started ends with them.
+            subprocess.run([sys.executable, str(ROOT / "tests" / "lab" / "lab.py"), "down"], stdin=subprocess.DEVNULL, check=False)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def run_stages(names: list[str]) -> tuple[int, int]:
+    """How many of these stages passed, and failed; all stages without names."""
     passed = failed = 0
     for stage in STAGES:
         if names and stage.name not in names:
@@ -91,8 +104,7 @@ def main(names: list[str]) -> int:
         for line in log.read_text(errors="replace").splitlines()[-TAIL:]:
             print(f"    {line}")
         print(f"    (all of it: {log.relative_to(ROOT)})", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    return 1 if failed else 0
+    return passed, failed
 
 
 def interrupt(number: int, frame: object) -> None:
