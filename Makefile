@@ -62,9 +62,8 @@ molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacua
 	  PATH="$$venv/bin:$$PATH" ANSIBLE_COLLECTIONS_PATH="$(CURDIR)/build/collections" HECATON_CHECKOUT="$(CURDIR)" \
 	  molecule --base-config molecule/config.yml test --scenario-name $(SCENARIO)
 
-bench: ## Measure, in the lab
-	@$(PYTHON) tests/needs.py lab
-	@$(PYTHON) tests/bench/bench.py $(ARGS)
+bench: ## Measure the planner (time, and packing against the optimum)
+	@venv=$$($(PYTHON) tests/devenv.py) && "$$venv/bin/python" tests/bench/planner.py $(ARGS)
 
 clean: ## Remove what was built in this checkout; the cache stays
 	@rm -rf build
