@@ -1,0 +1,532 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+from ansible_collections.hecaton.fleet.plugins.module_utils import _migrate_qmp, _migrate_unit, _migration
+from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record
+from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpError
+
+MIB = 1 << 20
+UNIT = "hecaton-vm@web1.service"
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def time(self):
+        return 1700000000 + self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        assert self.now < 20000, "it never ends"
+
+
+class Host:
+    """A host with one QEMU: what it answers, and what it was told.
+
+    ``script`` is a list of ``(seconds, answer)``: what query-migrate answers, and for how long; the last one stays.
+    """
+
+    def __init__(self, clock, script=(), run_state="running"):
+        self.clock = clock
+        self.script = list(script) or [(0, "none")]
+        self.since = None
+        self.run_state = run_state
+        self.commands = []
+        self.times = []
+        self.refuse = {}
+        self.on = {}
+        self.alive = True
+        self.listens = True
+        self.systemctl = []
+
+    def become(self, *script):
+        self.script, self.since = list(script), self.clock.now
+
+    def status(self):
+        if self.since is None:
+            self.since = self.clock.now
+        while len(self.script) > 1 and self.clock.now - self.since >= self.script[0][0]:
+            self.since += self.script.pop(0)[0]
+        answer = self.script[0][1]
+        return answer if isinstance(answer, dict) else {"status": answer}
+
+    def told(self, command):
+        return [arguments for name, arguments in self.commands if name == command]
+
+    def told_at(self, command):
+        return [when for (name, _arguments), when in zip(self.commands, self.times) if name == command]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(_migrate_qmp, "time", clock)
+    monkeypatch.setattr(_migration, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def host(monkeypatch, clock, tmp_path):
+    host = Host(clock)
+
+    class Client:
+        def __init__(self, path, timeout=30.0):
+            if not (host.alive and host.listens):
+                raise QmpError(f"cannot reach QEMU at {path}", "ConnectionError")
+
+        def execute(self, command, arguments=None):
+            if not host.alive:
+                raise QmpError("lost QEMU", "ConnectionError")
+            if command == "query-migrate":
+                answer = host.status()
+                if answer["status"] == "gone":
+                    host.alive = False
+                    raise QmpError("lost QEMU", "ConnectionError")
+                return {} if answer["status"] == "none" else answer
+            if command == "query-status":
+                return {"status": host.run_state() if callable(host.run_state) else host.run_state}
+            host.commands.append((command, arguments))
+            host.times.append(host.clock.now)
+            refusal = host.refuse.get(command)
+            refusal = refusal(arguments) if callable(refusal) else refusal
+            if refusal:
+                raise QmpError(f"{command}: {refusal}")
+            if command == "quit":
+                host.alive = False
+            if command in host.on:
+                host.on[command](arguments)
+            return {}
+
+    def systemctl(*arguments, check=True):
+        host.systemctl.append(arguments)
+        if arguments[0] == "is-active":
+            return "active" if host.alive else "inactive"
+        return ""
+
+    monkeypatch.setattr(_migrate_qmp, "QmpClient", Client)
+    monkeypatch.setattr(_migrate_qmp, "systemctl", systemctl)
+    monkeypatch.setattr(_migrate_qmp, "CONFIG_DIR", str(tmp_path / "vms"))
+    monkeypatch.setattr(_migrate_qmp, "RUN_DIR", str(tmp_path / "run"))
+    (tmp_path / "vms").mkdir()
+    return host
+
+
+@pytest.fixture
+def config(host):
+    """The VM's definition on the source."""
+    path = pathlib.Path(_migrate_qmp.config_path("web1"))
+    path.write_text("QEMU_ARGS=-nodefaults\n")
+    return path
+
+
+def outgoing(tmp_path, engine="userfault", **more):
+    job = {"vm": "web1", "driver": "qmp", "engine": engine, "from": "hv1", "to": "hv2", "uri": "tcp:10.77.1.12:49200", "precopy_timeout_s": 10, **more}
+    return _migrate_qmp.Outgoing(job, Record(str(tmp_path), job))
+
+
+def active(remaining=100):
+    return {"status": "active", "ram": {"transferred": 10 * MIB, "remaining": remaining * MIB, "total": 200 * MIB, "mbps": 80.0}}
+
+
+COMPLETED = {"status": "completed", "downtime": 120, "total-time": 7300, "ram": {"transferred": 150 * MIB, "remaining": 0, "total": 200 * MIB}}
+
+
+# -- the source --------------------------------------------------------------------------------------------------------
+
+
+def test_a_precopy_runs_through_and_the_source_forgets_the_vm(host, config, tmp_path):
+    moving = outgoing(tmp_path, "precopy", bandwidth_mib_s=50, max_downtime_ms=100)
+    host.on["migrate"] = lambda arguments: host.become((5, active()), (0, COMPLETED))
+    moving.run()
+    data = moving.record.data
+    assert (data["phase"], data["result"], data["on"], data["downtime_ms"], data["total_ms"]) == ("finished", "moved", "destination", 120, 7300)
+    assert data["bytes"] == 150 * MIB and len(data["samples"]) > 10
+    assert host.told("migrate") == [{"uri": "tcp:10.77.1.12:49200"}]
+    assert host.told("migrate-set-parameters") == [{"max-bandwidth": 50 * MIB, "downtime-limit": 100, "max-postcopy-bandwidth": 0}]
+    assert host.told("migrate-start-postcopy") == []
+    assert host.told("quit") == [None] and not config.exists()
+    assert ("disable", UNIT) in host.systemctl
+
+
+def test_only_userfault_prepares_for_postcopy(host, config, tmp_path):
+    for engine, wanted in (("precopy", False), ("userfault", True)):
+        states = {each["capability"]: each["state"] for each in _migrate_qmp.capabilities(engine)}
+        assert (states["postcopy-ram"], states["postcopy-preempt"], states["return-path"]) == (wanted, wanted, True)
+
+
+def test_userfault_asks_for_postcopy_once_and_not_before_the_time_bound(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    host.on["migrate"] = lambda arguments: host.become((0, active()))
+    host.on["migrate-start-postcopy"] = lambda arguments: host.become((1, active()), (3, {**active(50), "status": "postcopy-active"}), (0, COMPLETED))
+    moving.run()
+    (asked,) = host.told_at("migrate-start-postcopy")
+    assert 10 <= asked <= 11
+    data = moving.record.data
+    assert (data["result"], data["on"]) == ("moved", "destination")
+    assert data["switched"] < data["finished"]
+    assert list(dict.fromkeys(sample[1] for sample in data["samples"])) == ["precopy", "switch", "postcopy"]
+
+
+def test_a_userfault_that_converges_before_its_bound_needs_no_postcopy(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    host.on["migrate"] = lambda arguments: host.become((3, active()), (0, COMPLETED))
+    moving.run()
+    assert moving.record.data["result"] == "moved" and host.told("migrate-start-postcopy") == []
+
+
+def test_postcopy_is_not_asked_for_before_memory_flows(host, config, tmp_path):
+    moving = outgoing(tmp_path, precopy_timeout_s=0)
+    host.on["migrate"] = lambda arguments: host.become((4, "setup"), (0, active()))
+    host.on["migrate-start-postcopy"] = lambda arguments: host.become((0, COMPLETED))
+    moving.run()
+    assert host.told_at("migrate-start-postcopy")[0] >= 4
+
+
+def test_a_refused_switch_is_asked_for_again(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    answers = ["not yet", "not yet"]
+    host.refuse["migrate-start-postcopy"] = lambda arguments: answers.pop() if answers else None
+    host.on["migrate"] = lambda arguments: host.become((0, active()))
+    host.on["migrate-start-postcopy"] = lambda arguments: host.become((0, COMPLETED))
+    moving.run()
+    assert len(host.told("migrate-start-postcopy")) == 3 and moving.record.data["result"] == "moved"
+
+
+def test_a_failure_before_the_switch_leaves_the_vm_on_the_source(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    host.on["migrate"] = lambda arguments: host.become((2, active()), (0, {"status": "failed", "error-desc": "no route to host"}))
+    with pytest.raises(MigrationError, match="^no route to host$"):
+        moving.run()
+    assert moving.record.data["on"] == "source" and config.exists() and host.alive
+    assert host.told("quit") == []
+    assert not [call for call in host.systemctl if call[0] in ("stop", "kill", "disable")]
+
+
+def test_a_migration_that_qemu_refuses_leaves_the_vm_on_the_source(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    host.refuse["migrate"] = "device is not migratable"
+    with pytest.raises(QmpError, match="not migratable"):
+        moving.run()
+    assert moving.record.data["on"] == "source" and config.exists() and host.told("quit") == []
+
+
+def test_an_abort_before_the_switch_cancels_once_and_the_vm_stays(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    host.on["migrate"] = lambda arguments: (host.become((0, active())), request_abort(tmp_path))
+    host.on["migrate_cancel"] = lambda arguments: host.become((2, "cancelling"), (0, "cancelled"))
+    with pytest.raises(Aborted, match="on request"):
+        moving.run()
+    assert host.told("migrate_cancel") == [None]
+    assert moving.record.data["on"] == "source" and config.exists() and host.alive
+
+
+def request_abort(tmp_path):
+    path = pathlib.Path(_migration.abort_path(str(tmp_path), "web1"))
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+
+
+def test_an_abort_after_the_switch_is_refused_and_the_migration_goes_on(host, config, tmp_path):
+    moving = outgoing(tmp_path, precopy_timeout_s=0)
+    host.on["migrate"] = lambda arguments: host.become((0, active()))
+
+    def switch(arguments):
+        request_abort(tmp_path)
+        host.become((5, {**active(50), "status": "postcopy-active"}), (0, COMPLETED))
+
+    host.on["migrate-start-postcopy"] = switch
+    moving.run()
+    assert host.told("migrate_cancel") == []
+    assert moving.record.data["result"] == "moved" and "already runs on the destination" in moving.record.data["abort_refused"]
+
+
+def test_a_precopy_that_does_not_converge_is_cancelled_after_its_time(host, config, tmp_path):
+    moving = outgoing(tmp_path, "precopy", timeout_s=60)
+    host.on["migrate"] = lambda arguments: host.become((0, active()))
+    host.on["migrate_cancel"] = lambda arguments: host.become((0, "cancelled"))
+    with pytest.raises(MigrationError, match="did not converge within timeout_s=60; allow more") as failed:
+        moving.run()
+    assert not isinstance(failed.value, Aborted)
+    assert 60 <= host.told_at("migrate_cancel")[0] <= 61
+
+
+def test_a_lost_stream_after_the_switch_is_taken_up_again_and_counted_once_for_each_loss(host, config, tmp_path):
+    moving = outgoing(tmp_path, precopy_timeout_s=0)
+    flowing = {**active(50), "status": "postcopy-active"}
+    attempts = []
+
+    def migrate(arguments):
+        if not arguments.get("resume"):
+            host.become((0, active()))
+            return
+        attempts.append(host.clock.now)
+        # The first loss needs three attempts, the second one.
+        if len(attempts) == 3:
+            host.become((1, "postcopy-recover"), (20, flowing), (0, "postcopy-paused"))
+        elif len(attempts) == 4:
+            host.become((2, flowing), (0, COMPLETED))
+
+    host.refuse["migrate"] = lambda arguments: "no route to host" if arguments.get("resume") and len(attempts) < 2 and not attempts.append(host.clock.now) else None
+    host.on["migrate"] = migrate
+    host.on["migrate-start-postcopy"] = lambda arguments: host.become((3, flowing), (0, "postcopy-paused"))
+    moving.run()
+    data = moving.record.data
+    assert (data["result"], data["recoveries"], data["on"]) == ("moved", 2, "destination")
+    assert all(arguments == {"uri": "tcp:10.77.1.12:49200", "resume": True} for arguments in host.told("migrate")[1:])
+    assert attempts[2] - attempts[1] > attempts[1] - attempts[0], "it waits longer each time"
+    assert host.told("migrate_cancel") == []
+
+
+def test_a_stream_that_does_not_come_back_ends_after_recovery_timeout_and_both_qemus_stay(host, config, tmp_path):
+    moving = outgoing(tmp_path, precopy_timeout_s=0, recovery_timeout_s=100)
+    host.on["migrate"] = lambda arguments: None if arguments.get("resume") else host.become((0, active()))
+    host.on["migrate-start-postcopy"] = lambda arguments: host.become((2, {**active(50), "status": "postcopy-active"}), (0, "postcopy-paused"))
+    with pytest.raises(MigrationError, match="waits on hv2 with its missing pages here: keep both QEMUs running"):
+        moving.run()
+    assert 100 <= host.clock.now <= 110
+    assert moving.record.data["on"] == "destination"
+    assert host.alive and config.exists() and host.told("quit") == [] and host.told("migrate_cancel") == []
+    assert not [call for call in host.systemctl if call[0] in ("stop", "kill")]
+
+
+def test_attempts_to_reconnect_never_get_rarer_than_the_backoff_allows(host, config, tmp_path):
+    moving = outgoing(tmp_path, recovery_timeout_s=200)
+    host.become((0, "postcopy-paused"))
+    with pytest.raises(MigrationError):
+        moving.run()
+    times = host.told_at("migrate")
+    gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+    assert gaps[0] < 2 and max(gaps) <= _migrate_qmp.BACKOFF[1] + 1
+
+
+@pytest.mark.parametrize("status", ["postcopy-active", "postcopy-paused", "postcopy-recover"])
+def test_a_migration_that_stopped_after_the_switch_is_gone_on_with_and_not_begun_again(host, config, tmp_path, status):
+    moving = outgoing(tmp_path, resume=True)
+    host.become((1, status), (0, COMPLETED))
+    moving.run()
+    assert moving.record.data["result"] == "moved"
+    assert host.told("migrate-set-capabilities") == [] and host.told("migrate-start-postcopy") == []
+    assert all(arguments.get("resume") for arguments in host.told("migrate"))
+
+
+def test_a_precopy_whose_unit_died_is_followed_when_resumed(host, config, tmp_path):
+    moving = outgoing(tmp_path, "precopy", resume=True)
+    host.become((3, active()), (0, COMPLETED))
+    moving.run()
+    assert moving.record.data["result"] == "moved" and host.told("migrate") == []
+
+
+def test_a_migration_of_somebody_else_is_left_alone(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    host.become((0, active()))
+    with pytest.raises(MigrationError, match="by somebody else"):
+        moving.run()
+    assert host.commands == [] and config.exists()
+
+
+def test_one_that_landed_while_its_unit_was_dead_is_cleaned_up(host, config, tmp_path):
+    moving = outgoing(tmp_path, resume=True)
+    host.become((0, COMPLETED))
+    host.run_state = "postmigrate"
+    moving.run()
+    assert moving.record.data["result"] == "moved" and not config.exists() and host.told("quit") == [None]
+
+
+def test_an_earlier_migration_that_completed_does_not_count_for_a_vm_that_came_back(host, config, tmp_path):
+    """A QEMU that once received says completed for ever."""
+    moving = outgoing(tmp_path, "precopy")
+    host.become((0, COMPLETED))
+    host.on["migrate"] = lambda arguments: host.become((2, active()), (0, COMPLETED))
+    moving.run()
+    assert len(host.told("migrate")) == 1 and moving.record.data["result"] == "moved"
+
+
+def test_a_qemu_that_ends_during_precopy_is_reported_with_the_vm_on_the_source(host, config, tmp_path):
+    moving = outgoing(tmp_path, "precopy")
+    host.on["migrate"] = lambda arguments: host.become((2, active()), (0, "gone"))
+    with pytest.raises(MigrationError, match="ended or stopped answering during pre-copy"):
+        moving.run()
+    assert moving.record.data["on"] == "source" and config.exists()
+
+
+def test_a_source_that_ends_after_the_switch_says_that_pages_are_lost(host, config, tmp_path):
+    moving = outgoing(tmp_path)
+    host.become((2, {**active(50), "status": "postcopy-active"}), (0, "gone"))
+    with pytest.raises(MigrationError, match="has lost those pages"):
+        moving.run()
+    assert moving.record.data["on"] == "destination"
+
+
+def test_a_source_that_does_not_quit_is_killed(host, config, tmp_path, monkeypatch):
+    moving = outgoing(tmp_path, "precopy")
+    host.on["migrate"] = lambda arguments: host.become((0, COMPLETED))
+    host.on["quit"] = lambda arguments: setattr(host, "alive", True)
+    moving.run()
+    assert ("kill", "--signal=KILL", UNIT) in host.systemctl and 60 <= host.clock.now < 65
+    assert moving.record.data["result"] == "moved"
+
+
+@pytest.mark.parametrize(
+    "problem, result, words", [(Aborted("on request"), "aborted", "on request"), (MigrationError("no route"), "failed", "no route"),
+                               (QmpError("refused"), "failed", "refused"), (KeyError("bug"), "failed", "internal error: KeyError('bug')")],
+)  # fmt: skip
+def test_however_the_unit_ends_the_record_has_its_last_word(host, tmp_path, monkeypatch, problem, result, words):
+    def run(self):
+        raise problem
+
+    monkeypatch.setattr(_migrate_qmp.Outgoing, "run", run)
+    job = {"side": "outgoing", "vm": "web1", "driver": "qmp", "engine": "precopy", "from": "hv1", "to": "hv2"}
+    assert _migrate_unit.drive(job, str(tmp_path)) == (0 if result == "aborted" else 1)
+    record = _migration.read_record(str(tmp_path), "web1")
+    assert (record["phase"], record["result"], record["on"]) == ("finished", result, "source")
+    assert words in record["reason"]
+
+
+# -- the destination ---------------------------------------------------------------------------------------------------
+
+
+def incoming(tmp_path, **more):
+    job = {"id": "1", "vm": "web1", "engine": "userfault", "config": "QEMU_ARGS=-nodefaults\n", "address": "10.77.1.12", "port_min": 49200, "port_max": 49202,
+           "wait_s": 300, **more}  # fmt: skip
+    return _migrate_qmp.Incoming(job, str(tmp_path))
+
+
+def incoming_record(tmp_path):
+    return json.loads(pathlib.Path(_migration.record_path(str(tmp_path), "web1", incoming=True)).read_text())
+
+
+def stopped(host):
+    return ("stop", UNIT) in host.systemctl
+
+
+def arrives(host, *script):
+    """The stream comes; the VM runs here when its state says so."""
+    host.on["migrate-incoming"] = lambda arguments: host.become(*script)
+    host.run_state = lambda: "running" if host.status()["status"] in ("completed", "postcopy-active", "postcopy-paused") else "inmigrate"
+
+
+def test_a_vm_that_arrived_lives_here_and_its_qemu_is_not_stopped(host, tmp_path):
+    arrives(host, (1, "none"), (3, "active"), (0, "completed"))
+    incoming(tmp_path, enabled=True).run()
+    record = incoming_record(tmp_path)
+    assert (record["phase"], record["result"], record["uri"]) == ("finished", "moved", "tcp:10.77.1.12:49200")
+    assert pathlib.Path(_migrate_qmp.config_path("web1")).read_text() == "QEMU_ARGS=-nodefaults\n"
+    assert not pathlib.Path(_migrate_qmp.incoming_env("web1")).exists()
+    assert ("enable", UNIT) in host.systemctl and not stopped(host)
+
+
+def test_a_vm_that_was_not_enabled_is_not_enabled_here(host, tmp_path):
+    arrives(host, (1, "active"), (0, "completed"))
+    incoming(tmp_path).run()
+    assert ("enable", UNIT) not in host.systemctl
+
+
+def test_until_it_arrives_the_vm_has_no_definition_here(host, tmp_path):
+    seen = []
+    path = pathlib.Path(_migrate_qmp.config_path("web1"))
+    arrives(host, (3, "active"), (0, "failed"))
+    host.run_state = lambda: seen.append(path.exists()) or "inmigrate"
+    incoming(tmp_path).run()
+    assert seen and not any(seen) and not path.exists()
+
+
+@pytest.mark.parametrize("end", ["failed", "gone"])
+def test_a_stream_that_ends_before_arrival_is_cleaned_up(host, tmp_path, end):
+    arrives(host, (2, "active"), (0, end))
+    incoming(tmp_path).run()
+    record = incoming_record(tmp_path)
+    assert (record["phase"], record["result"]) == ("finished", "failed") and record["reason"]
+    assert stopped(host) and not pathlib.Path(_migrate_qmp.incoming_env("web1")).exists()
+
+
+def test_one_that_never_comes_is_cleaned_up_when_its_time_is_over(host, tmp_path):
+    arrives(host, (0, "none"))
+    incoming(tmp_path, wait_s=30).run()
+    assert incoming_record(tmp_path)["reason"] == "nothing arrived within 30 s"
+    assert stopped(host) and 30 <= host.clock.now < 32
+
+
+def test_one_that_has_begun_to_come_may_take_longer_than_the_wait(host, tmp_path):
+    arrives(host, (5, "none"), (600, "active"), (0, "completed"))
+    incoming(tmp_path, wait_s=30).run()
+    assert incoming_record(tmp_path)["result"] == "moved" and not stopped(host)
+
+
+def test_after_arrival_a_lost_stream_is_listened_for_again_and_qemu_is_never_stopped(host, tmp_path):
+    arrives(host, (1, "active"), (2, "postcopy-active"), (0, "postcopy-paused"))
+    host.on["migrate-recover"] = lambda arguments: host.become((1, "postcopy-recover"), (1, "postcopy-active"), (0, "completed"))
+    incoming(tmp_path).run()
+    assert host.told("migrate-recover") == [{"uri": "tcp:10.77.1.12:49200"}]
+    assert incoming_record(tmp_path)["result"] == "moved" and not stopped(host)
+
+
+def test_a_refused_listening_after_arrival_is_tried_again(host, tmp_path):
+    answers = ["Address already in use", "Address already in use"]
+    arrives(host, (1, "postcopy-active"), (0, "postcopy-paused"))
+    host.refuse["migrate-recover"] = lambda arguments: answers.pop() if answers else None
+    host.on["migrate-recover"] = lambda arguments: host.become((1, "postcopy-active"), (0, "completed"))
+    incoming(tmp_path).run()
+    assert len(host.told("migrate-recover")) == 3 and incoming_record(tmp_path)["result"] == "moved" and not stopped(host)
+
+
+def test_a_qemu_that_ends_after_arrival_is_reported_and_not_cleaned_up(host, tmp_path):
+    arrives(host, (1, "active"), (2, "postcopy-active"), (0, "gone"))
+    incoming(tmp_path).run()
+    record = incoming_record(tmp_path)
+    assert record["result"] == "failed" and "after the VM had switched to it" in record["reason"]
+    assert not stopped(host) and pathlib.Path(_migrate_qmp.config_path("web1")).exists()
+
+
+def test_a_busy_port_makes_it_try_the_next(host, tmp_path):
+    arrives(host, (1, "active"), (0, "completed"))
+    host.refuse["migrate-incoming"] = lambda arguments: "Address already in use" if arguments["uri"].endswith(":49200") else None
+    incoming(tmp_path).run()
+    assert [arguments["uri"] for arguments in host.told("migrate-incoming")] == ["tcp:10.77.1.12:49200", "tcp:10.77.1.12:49201"]
+    assert incoming_record(tmp_path)["uri"] == "tcp:10.77.1.12:49201"
+
+
+def test_with_all_ports_busy_it_says_which_and_cleans_up(host, tmp_path):
+    host.refuse["migrate-incoming"] = "Address already in use"
+    incoming(tmp_path).run()
+    assert len(host.told("migrate-incoming")) == 3 and stopped(host)
+    assert "10.77.1.12 ports 49200-49202" in incoming_record(tmp_path)["reason"]
+
+
+def test_an_address_that_is_not_this_hosts_is_not_tried_on_all_ports(host, tmp_path):
+    host.refuse["migrate-incoming"] = "Cannot assign requested address"
+    incoming(tmp_path).run()
+    assert len(host.told("migrate-incoming")) == 1 and stopped(host)
+    assert "Cannot assign requested address" in incoming_record(tmp_path)["reason"]
+
+
+def test_the_destination_sets_the_engines_capabilities_before_it_listens(host, tmp_path):
+    arrives(host, (1, "active"), (0, "completed"))
+    incoming(tmp_path).run()
+    assert [command for command, _arguments in host.commands][:2] == ["migrate-set-capabilities", "migrate-incoming"]
+    assert host.told("migrate-set-capabilities") == [{"capabilities": _migrate_qmp.capabilities("userfault")}]
+
+
+def test_a_qemu_that_does_not_open_its_monitor_is_given_up_and_cleaned_up(host, tmp_path):
+    host.listens = False
+    incoming(tmp_path).run()
+    assert "did not open its monitor in 60 s" in incoming_record(tmp_path)["reason"]
+    assert stopped(host) and not pathlib.Path(_migrate_qmp.incoming_env("web1")).exists()
+
+
+def test_the_definition_of_a_vm_under_way_is_for_root_only(host, tmp_path):
+    modes = []
+    host.on["migrate-incoming"] = lambda arguments: (modes.append(pathlib.Path(_migrate_qmp.incoming_env("web1")).stat().st_mode & 0o777), host.become((0, "failed")))
+    incoming(tmp_path).run()
+    assert modes == [0o600]
