@@ -116,7 +116,9 @@ def main() -> int:
         guests.deploy(chosen, SOURCE)
         with client(lab) as result:
             say(f"ansible-playbook hecaton.fleet.evacuate -e evacuate_host={SOURCE}")
-            clients = "{{ [lookup('ansible.builtin.file', '%s') | from_json | dict2items | selectattr('key', 'in', %s) | items2dict] }}" % (result, list(CLIENT_FIELDS))
+            # Read when the report is written, not before.
+            fields = "dict2items | selectattr('key', 'in', %s) | items2dict" % list(CLIENT_FIELDS)
+            clients = "{{ [lookup('ansible.builtin.file', '%s') | from_json | %s] }}" % (result, fields)
             status = playbook(lab, "hecaton.fleet.evacuate", {"evacuate_host": SOURCE, "evacuate_report_dir": str(OUT), "evacuate_clients": clients})
             time.sleep(3)
         say("what became of it")
@@ -126,7 +128,8 @@ def main() -> int:
         return 1
     for sentence in wrong:
         print(f"demo: {sentence}", file=sys.stderr)
-    print(f"\ndemo: {'failed' if wrong else 'all VMs moved, nothing was lost'} in {time.monotonic() - begun:.0f} s; the report is {OUT.relative_to(ROOT)}/report.html")
+    took = f"{time.monotonic() - begun:.0f} s"
+    print(f"\ndemo: {'failed' if wrong else 'all VMs moved, nothing was lost'} in {took}; the report is {OUT.relative_to(ROOT)}/report.html")
     return int(bool(wrong))
 
 
