@@ -1,0 +1,113 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import functools
+import types
+
+import pytest
+from ansible.module_utils import basic
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.hecaton.fleet.plugins.module_utils import _cordon, _reservations
+from ansible_collections.hecaton.fleet.plugins.modules import vm_incoming
+
+
+class Ended(Exception):
+    """How a module ends here instead of by leaving the process."""
+
+    def __init__(self, result):
+        super().__init__(result.get("msg"))
+        self.result = result
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """A hypervisor with 1000 MiB free, without libvirt, that runs nothing."""
+    host = types.SimpleNamespace(state=tmp_path / "state", active=set(), libvirt_here=None, reserved=str(tmp_path / "reserved"))
+    host.state.mkdir()
+    for name in ("locked", "live", "reserve", "release"):
+        monkeypatch.setattr(_reservations, name, functools.partial(getattr(_reservations, name), folder=host.reserved))
+    monkeypatch.setattr(vm_incoming, "arriving_qmp", set)
+    monkeypatch.setattr(vm_incoming, "resident_mib", lambda name: 0)
+    monkeypatch.setattr(vm_incoming, "parse_meminfo", lambda text: {"memory_available_mib": 1000})
+    monkeypatch.setattr(vm_incoming, "is_active", lambda unit: unit in host.active)
+    monkeypatch.setattr(vm_incoming, "incoming_env", lambda name: str(tmp_path / f"{name}.env"))
+
+    def look(self):
+        self.libvirt_here = host.libvirt_here
+
+    monkeypatch.setattr(vm_incoming.VmIncoming, "_look_at_libvirt", look)
+    return host
+
+
+@pytest.fixture
+def run(monkeypatch, host):
+    def end(failed):
+        def ended(self, **result):
+            raise Ended(dict(result, failed=failed))
+
+        return ended
+
+    monkeypatch.setattr(basic.AnsibleModule, "exit_json", end(False))
+    monkeypatch.setattr(basic.AnsibleModule, "fail_json", end(True))
+
+    def call(check_mode=False, **arguments):
+        defaults = {"name": "web1", "driver": "libvirt", "uuid": "u1", "memory_mib": 500, "source": "hv1", "address": "10.77.1.12"}
+        given = {**defaults, **arguments, "state_dir": str(host.state), "_ansible_check_mode": check_mode}
+        with patch_module_args(given), pytest.raises(Ended) as ended:
+            vm_incoming.main()
+        return ended.value.result
+
+    return call
+
+
+def test_room_is_kept_for_a_vm_that_may_come(run):
+    result = run()
+    assert (result["changed"], result["present"], result["busy"]) == (True, False, [])
+    assert _reservations.live(set())["web1"]["memory_mib"] == 500
+
+
+def test_check_mode_keeps_no_room(run):
+    assert run(check_mode=True)["changed"]
+    assert _reservations.live(set()) == {}
+
+
+def test_nothing_moves_to_a_cordoned_host(run, host):
+    _cordon.write({"reason": "disk 3", "since": "2026-01-02T03:04:05Z", "by": "alice", "owner": None, "also": []}, str(host.state))
+    result = run()
+    assert result["failed"] and "cordoned since 2026-01-02T03:04:05Z by alice: disk 3" in result["msg"]
+
+
+def test_without_room_the_message_says_how_much_is_short(run):
+    result = run(memory_mib=900, memory_reserve=300)
+    assert result["failed"] and result["msg"].endswith(": 200 MiB short")
+
+
+def test_room_kept_for_others_is_not_free(run):
+    run(name="web2", memory_mib=600)
+    result = run(memory_mib=500)
+    assert result["failed"] and "600 MiB are kept for web2: 100 MiB short" in result["msg"]
+
+
+def test_a_namesake_is_not_taken_for_the_vm(run, host):
+    host.libvirt_here = {"uuid": "u2", "running": True, "receiving": False}
+    result = run()
+    assert result["failed"] and "another domain called web1 (UUID u2)" in result["msg"]
+
+
+def test_a_vm_that_runs_here_is_present_even_on_a_cordoned_host(run, host):
+    host.libvirt_here = {"uuid": "u1", "running": True, "receiving": False}
+    assert run()["present"] and not run()["changed"]
+
+
+def test_a_busy_host_says_for_whom_and_keeps_no_room(run):
+    run(name="web2", memory_mib=100)
+    result = run(max_incoming=1)
+    assert (result["changed"], result["busy"]) == (False, ["web2"])
+    assert "web1" not in _reservations.live(set())
+
+
+@pytest.mark.parametrize("name", ["../web1", "a b", ""])
+def test_a_bad_name_is_refused(run, name):
+    assert run(name=name)["failed"]

@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import pytest
+from ansible.module_utils import basic
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.hecaton.fleet.plugins.modules import vm_migrate
+
+
+class Ended(Exception):
+    """How a module ends here instead of by leaving the process."""
+
+    def __init__(self, result):
+        super().__init__(result.get("msg"))
+        self.result = result
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def end(failed):
+        def ended(self, **result):
+            raise Ended(dict(result, failed=failed))
+
+        return ended
+
+    def start(job, state_dir):
+        raise AssertionError("a refused migration was started")
+
+    monkeypatch.setattr(basic.AnsibleModule, "exit_json", end(False))
+    monkeypatch.setattr(basic.AnsibleModule, "fail_json", end(True))
+    monkeypatch.setattr(vm_migrate, "start", start)
+    monkeypatch.setattr(vm_migrate, "is_active", lambda unit: False)
+    monkeypatch.setattr(vm_migrate, "installed", lambda: False)
+
+    def call(**arguments):
+        given = {"name": "web1", "destination": "hv2", "source": "hv1", "state_dir": str(tmp_path), **arguments}
+        with patch_module_args(given), pytest.raises(Ended) as ended:
+            vm_migrate.main()
+        return ended.value.result
+
+    return call
+
+
+@pytest.mark.parametrize("key", [key for key, (least, most) in vm_migrate.RANGES.items()])
+def test_a_negative_number_is_refused_by_its_name(run, key):
+    result = run(**{key: -1})
+    assert result["failed"] and result["msg"].startswith(f"{key} must be ")
+
+
+@pytest.mark.parametrize("key, value", [("port_min", 0), ("port_max", 65536), ("max_downtime", 2000001), ("poll_interval", 0)])
+def test_a_number_out_of_range_is_refused_by_its_name(run, key, value):
+    result = run(**{key: value})
+    assert result["failed"] and key in result["msg"] and str(value) in result["msg"]
+
+
+def test_ports_in_the_wrong_order_are_refused(run):
+    result = run(port_min=49300, port_max=49200)
+    assert result["failed"] and result["msg"] == "port_min 49300 is greater than port_max 49200"
+
+
+@pytest.mark.parametrize("name", ["../web1", "a b", "a/b", "-x", ""])
+def test_a_bad_name_is_refused(run, name):
+    result = run(name=name)
+    assert result["failed"] and "allowed are letters" in result["msg"]
+
+
+def test_a_vm_that_is_not_here_is_not_started(run):
+    result = run()
+    assert not result["failed"] and not result["changed"] and result["absent"]
+
+
+def test_aborting_what_is_not_under_way_changes_nothing(run):
+    result = run(state="aborted", destination=None)
+    assert not result["failed"] and not result["changed"]
