@@ -278,7 +278,13 @@ def test_a_lost_stream_after_the_switch_is_taken_up_again_and_counted_once_for_e
         elif len(attempts) == 4:
             host.become((2, flowing), (0, COMPLETED))
 
-    host.refuse["migrate"] = lambda arguments: "no route to host" if arguments.get("resume") and len(attempts) < 2 and not attempts.append(host.clock.now) else None
+    def refuse(arguments):
+        if not arguments.get("resume") or len(attempts) >= 2:
+            return None
+        attempts.append(host.clock.now)
+        return "no route to host"
+
+    host.refuse["migrate"] = refuse
     host.on["migrate"] = migrate
     host.on["migrate-start-postcopy"] = lambda arguments: host.become((3, flowing), (0, "postcopy-paused"))
     moving.run()
@@ -527,6 +533,11 @@ def test_a_qemu_that_does_not_open_its_monitor_is_given_up_and_cleaned_up(host, 
 
 def test_the_definition_of_a_vm_under_way_is_for_root_only(host, tmp_path):
     modes = []
-    host.on["migrate-incoming"] = lambda arguments: (modes.append(pathlib.Path(_migrate_qmp.incoming_env("web1")).stat().st_mode & 0o777), host.become((0, "failed")))
+
+    def listen(arguments):
+        modes.append(pathlib.Path(_migrate_qmp.incoming_env("web1")).stat().st_mode & 0o777)
+        host.become((0, "failed"))
+
+    host.on["migrate-incoming"] = listen
     incoming(tmp_path).run()
     assert modes == [0o600]
