@@ -66,7 +66,7 @@ class Host:
         return [arguments for name, arguments in self.commands if name == command]
 
     def told_at(self, command):
-        return [when for (name, _arguments), when in zip(self.commands, self.times) if name == command]
+        return [when for (name, _arguments), when in zip(self.commands, self.times, strict=True) if name == command]
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_attempts_to_reconnect_never_get_rarer_than_the_backoff_allows(host, con
     with pytest.raises(MigrationError):
         moving.run()
     times = host.told_at("migrate")
-    gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     assert gaps[0] < 2 and max(gaps) <= _migrate_qmp.BACKOFF[1] + 1
 
 
