@@ -203,7 +203,7 @@ class Outgoing:
 
     def _resume(self, domain) -> None:
         """Takes up a post-copy whose stream broke, again and again, until it is through or the time for it is."""
-        patience = self.job.get("recovery_timeout_s") or 3600
+        patience = self.job.get("recovery_timeout_s", 3600)
         begun, pause = time.monotonic(), BACKOFF[0]
         while True:
             self.record.save(recoveries=self.record.data["recoveries"] + 1)

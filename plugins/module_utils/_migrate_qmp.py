@@ -147,7 +147,7 @@ class Outgoing:
                 if broken_since is None:
                     broken_since = now
                     self.record.phase("recovering", on="destination", recoveries=self.record.data["recoveries"] + 1)
-                if now - broken_since > (job.get("recovery_timeout_s") or 3600):
+                if now - broken_since > job.get("recovery_timeout_s", 3600):
                     raise MigrationError(
                         f"the connection for {self.name}'s memory was lost after the switch and did not come back in {now - broken_since:.0f} s; the VM waits "
                         f"on {job['to']} with its missing pages here: keep both QEMUs running, mend the network and run the evacuation again to resume it"
@@ -319,7 +319,7 @@ class Incoming:
                 if self.arrived:
                     raise MigrationError(f"the QEMU of {self.name} ended on this host after the VM had switched to it ({err})") from err
                 raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
-            if not self.arrived and running in ("running", "paused") and status in ("completed", "postcopy-active", "postcopy-paused"):
+            if not self.arrived and running not in ("inmigrate", "prelaunch") and status in ("completed", "postcopy-active", "postcopy-paused"):
                 self._settle(status)
             if status == "completed" and self.arrived:
                 self.save(phase="finished", result="moved", finished=time.time())

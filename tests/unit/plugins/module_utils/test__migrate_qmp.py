@@ -307,6 +307,14 @@ def test_a_stream_that_does_not_come_back_ends_after_recovery_timeout_and_both_q
     assert not [call for call in host.systemctl if call[0] in ("stop", "kill")]
 
 
+def test_a_recovery_timeout_of_zero_gives_up_at_the_first_loss(host, config, tmp_path):
+    moving = outgoing(tmp_path, recovery_timeout_s=0)
+    host.become((0, "postcopy-paused"))
+    with pytest.raises(MigrationError):
+        moving.run()
+    assert host.clock.now <= 5
+
+
 def test_attempts_to_reconnect_never_get_rarer_than_the_backoff_allows(host, config, tmp_path):
     moving = outgoing(tmp_path, recovery_timeout_s=200)
     host.become((0, "postcopy-paused"))
@@ -431,6 +439,14 @@ def test_a_vm_that_arrived_lives_here_and_its_qemu_is_not_stopped(host, tmp_path
     assert pathlib.Path(_migrate_qmp.config_path("web1")).read_text() == "QEMU_ARGS=-nodefaults\n"
     assert not pathlib.Path(_migrate_qmp.incoming_env("web1")).exists()
     assert ("enable", UNIT) in host.systemctl and not stopped(host)
+
+
+def test_a_vm_that_arrives_panicked_has_arrived_all_the_same(host, tmp_path):
+    host.on["migrate-incoming"] = lambda arguments: host.become((1, "active"), (0, "completed"))
+    host.run_state = lambda: "guest-panicked" if host.status()["status"] == "completed" else "inmigrate"
+    incoming(tmp_path).run()
+    assert incoming_record(tmp_path)["result"] == "moved"
+    assert pathlib.Path(_migrate_qmp.config_path("web1")).exists() and not stopped(host)
 
 
 def test_a_vm_that_was_not_enabled_is_not_enabled_here(host, tmp_path):
