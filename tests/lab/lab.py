@@ -280,6 +280,7 @@ class Lab:
             Process.end(host.get("process"), hard=True)
         for part in ("outside", "switch", "hub"):
             Process.end(self.state.get(part))
+            self.state.pop(part, None)
         if self.state.get("run"):
             shutil.rmtree(self.state["run"], ignore_errors=True)
         self.state = {}
@@ -315,6 +316,7 @@ class Lab:
             command += ["-netdev", self._link(name, f"hub-{name}", f"mig-{name}"), "-netdev", f"hubport,id=p-{name},hubid=0,netdev={name}"]
         image.run(command)
         self.state["hub"] = Process.record(pid_in(run / "hub.pid"))
+        self._save()
         # The guests' network is a learning switch, and one of its ports leads to QEMU's own TCP stack, by which clients
         # outside reach guests. restrict=on: nothing leaves for the machine's own network.
         image.run(["vde_switch", "-d", "-s", f"{run}/guests", "-p", f"{run}/switch.pid", "-M", f"{run}/switch.mgmt"])
