@@ -321,11 +321,9 @@ static const struct super_operations rram_super_operations = {
 
 static int rram_fill_super(struct super_block *sb, struct fs_context *fc)
 {
-	struct rram_fs *fs = fc->s_fs_info;
+	struct rram_fs *fs = rram_fs_of(sb);	/* has been fc's */
 	struct inode *root;
 
-	sb->s_fs_info = fs;
-	fc->s_fs_info = NULL;
 	sb->s_maxbytes = MAX_LFS_FILESIZE;
 	sb->s_blocksize = PAGE_SIZE;
 	sb->s_blocksize_bits = PAGE_SHIFT;
