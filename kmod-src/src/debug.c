@@ -53,6 +53,7 @@ void rram_stats(struct rram_session *s, struct rram_stats *st)
 	st->state = rram_get_state(s, &reason);
 	st->reason = reason;
 	st->pages = s->f->npages;
+/* A counter and the field of the same name. */
 #define RRAM_COPY(name) (st->name = atomic64_read(&c->name))
 	RRAM_COPY(pages_ahead);
 	RRAM_COPY(pages_zero);
@@ -175,7 +176,7 @@ void rram_debug_add(struct rram_session *s)
 	if (!e)
 		return;		/* it is not shown, that is all */
 	e->s = s;
-	snprintf(name, sizeof(name), "%lu", s->f->inode.i_ino);
+	snprintf(name, sizeof(name), "%llu", (u64)s->f->inode.i_ino);
 	e->dentry = debugfs_create_file(name, 0400, rram_debug_sessions, s,
 					&rram_session_fops);
 	mutex_lock(&rram_debug_lock);

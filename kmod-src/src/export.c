@@ -1058,8 +1058,8 @@ void rram_source_linked(struct rram_session *s)
 	src->next_key = 0;
 	src->next_heat = RRAM_HEAT_CLASSES - 1;
 	if (s->epoch == 1 || !READ_ONCE(f->tracking)) {
-		/* All is dirty, and then all is tracked: never the other way. */
 		bitmap_set(f->dirty, 0, f->npages);
+		/* All is dirty, and then all is tracked: never the other way. */
 		smp_wmb();
 		WRITE_ONCE(f->tracking, true);
 	}

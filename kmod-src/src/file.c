@@ -48,8 +48,7 @@ static wait_queue_head_t *rram_waitq(struct rram_file *f, unsigned long index)
 void rram_wake_page(struct rram_file *f, unsigned long index)
 {
 	/* The bit that the sleeper looks at was changed before this. */
-	smp_mb__after_atomic();
-	if (waitqueue_active(rram_waitq(f, index)))
+	if (wq_has_sleeper(rram_waitq(f, index)))
 		wake_up_all(rram_waitq(f, index));
 }
 
@@ -342,7 +341,7 @@ static vm_fault_t rram_page_mkwrite(struct vm_fault *vmf)
 		if (folio_test_large(folio)) {
 			/* It may be mapped as a whole by this one fault. */
 			WRITE_ONCE(f->large, true);
-			rram_track_write(f, folio_pgoff(folio),
+			rram_track_write(f, folio->index,
 					 folio_nr_pages(folio));
 		} else {
 			rram_track_write(f, vmf->pgoff, 1);
@@ -388,7 +387,7 @@ static int rram_mmap(struct file *file, struct vm_area_struct *vma)
 		return -EINVAL;
 	mutex_lock(&f->lock);
 	vma_set_file(vma, f->shmem);
-	err = rram_mmap_inner(f->shmem, vma, rram_shmem_fops);
+	err = rram_mmap_inner(f->shmem, vma);
 	if (err)
 		goto unlock;
 	mutex_lock(&rram_vm_ops_lock);

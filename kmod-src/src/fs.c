@@ -31,7 +31,7 @@
  * @gid: group of the root
  */
 struct rram_fs {
-	spinlock_t lock;
+	spinlock_t lock;	/* used, files and their limits */
 	u64 used;
 	u64 size;
 	u64 file_size;
@@ -53,7 +53,7 @@ static struct rram_fs *rram_fs_of(struct super_block *sb)
 struct file *rram_shmem_new(const char *name, loff_t size)
 {
 	return shmem_file_setup_with_mnt(rram_shmem_mnt, name, size,
-					 VM_NORESERVE);
+					 RRAM_SHMEM_FLAGS);
 }
 
 static struct inode *rram_alloc_inode(struct super_block *sb)
@@ -98,14 +98,13 @@ static int rram_mknod(struct mnt_idmap *idmap, struct inode *dir,
 
 	if (IS_ERR(inode))
 		return PTR_ERR(inode);
-	d_instantiate(dentry, inode);
-	dget(dentry);	/* pinned: there is nothing to look it up from */
+	rram_make_persistent(dentry, inode);
 	inode_set_mtime_to_ts(dir, inode_set_ctime_current(dir));
 	return 0;
 }
 
 static int rram_create(struct mnt_idmap *idmap, struct inode *dir,
-		       struct dentry *dentry, umode_t mode, bool excl)
+		       struct dentry *dentry, umode_t mode RRAM_CREATE_EXCL)
 {
 	return rram_mknod(idmap, dir, dentry, mode | S_IFREG);
 }

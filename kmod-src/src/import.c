@@ -70,13 +70,13 @@ struct rram_key {
 struct rram_dest {
 	unsigned long nr_chunks;
 	struct rram_key *key;
-	spinlock_t key_lock;
+	spinlock_t key_lock;	/* key, against faults */
 	unsigned long *want;
 	unsigned long *asked;
 	struct mem_cgroup *memcg;
 	struct list_head offers;
 	struct list_head done;
-	spinlock_t fetch_lock;
+	spinlock_t fetch_lock;	/* urgent, bulk, done */
 	struct list_head urgent;
 	struct list_head bulk;
 	struct rram_fetch *fetches;
@@ -84,7 +84,7 @@ struct rram_dest {
 	bool freezing;
 	u64 listed;
 	struct rram_order order;
-	spinlock_t order_lock;
+	spinlock_t order_lock;	/* order, against faults */
 	atomic_t demand;
 	bool bye;
 	unsigned long ended_at;
@@ -708,6 +708,26 @@ static void rram_list_run(struct rram_session *s, unsigned long first,
 		rram_make_missing(s, i++);
 }
 
+/* Some pages that are alike; they lie within the file. */
+static void rram_list_pages(struct rram_session *s, unsigned long first,
+			    unsigned int nr, u8 heat, u8 flags)
+{
+	unsigned long i;
+
+	if (!(flags & RRAM_DIRTY_ZERO)) {
+		rram_list_run(s, first, nr, heat);
+		return;
+	}
+	if (!rram_switched(s->state)) {
+		rram_take_zero(s, first, nr);
+		return;
+	}
+	/* After the switch: not what the guest has got otherwise. */
+	for (i = first; i < first + nr; i++)
+		if (test_bit(i, s->f->missing))
+			rram_take_zero(s, i, 1);
+}
+
 static bool rram_list_entry(struct rram_session *s,
 			    const struct rram_wire_dirty *d, const __le64 *bits)
 {
@@ -715,52 +735,33 @@ static bool rram_list_entry(struct rram_session *s,
 	unsigned int nr = le16_to_cpu(d->nr), i;
 	struct rram_file *f = s->f;
 	struct rram_dest *dst = s->dst;
-	bool after = rram_switched(s->state);
 
 	if (d->heat >= RRAM_HEAT_CLASSES || !nr || first >= f->npages ||
 	    (!bits && nr > f->npages - first))
 		return false;
+	/* After the switch nothing becomes missing any more. */
+	if (!(d->flags & RRAM_DIRTY_ZERO) && rram_switched(s->state))
+		return false;
 	if (d->flags & RRAM_DIRTY_REKEY) {
-		for (i = first >> RRAM_CHUNK_SHIFT;
-		     i <= (first + nr - 1) >> RRAM_CHUNK_SHIFT &&
-		     i < dst->nr_chunks; i++) {
-			spin_lock(&dst->key_lock);
-			dst->key[i].valid = false;
-			spin_unlock(&dst->key_lock);
-		}
+		unsigned long last = (first + nr - 1) >> RRAM_CHUNK_SHIFT;
+		unsigned long c;
+
+		spin_lock(&dst->key_lock);
+		for (c = first >> RRAM_CHUNK_SHIFT;
+		     c <= last && c < dst->nr_chunks; c++)
+			dst->key[c].valid = false;
+		spin_unlock(&dst->key_lock);
+	}
+	if (!bits) {
+		rram_list_pages(s, first, nr, d->heat, d->flags);
+		return true;
 	}
 	for (i = 0; i < nr; i++) {
-		unsigned int run = nr - i;
-
-		if (bits) {
-			if (!(get_unaligned_le64(bits + i / 64) >> (i % 64) & 1))
-				continue;
-			if (first + i >= f->npages)
-				return false;
-			run = 1;
-		}
-		if (d->flags & RRAM_DIRTY_ZERO) {
-			if (after) {
-				/* Not if the guest has got it otherwise. */
-				if (bits || run == 1) {
-					if (test_bit(first + i, f->missing))
-						rram_take_zero(s, first + i, 1);
-				} else {
-					unsigned long p;
-
-					for (p = first; p < first + nr; p++)
-						if (test_bit(p, f->missing))
-							rram_take_zero(s, p, 1);
-				}
-			} else {
-				rram_take_zero(s, first + i, run);
-			}
-		} else if (after) {
+		if (!(get_unaligned_le64(bits + i / 64) >> (i % 64) & 1))
+			continue;
+		if (first + i >= f->npages)
 			return false;
-		} else {
-			rram_list_run(s, first + i, run, d->heat);
-		}
-		i += run - 1;
+		rram_list_pages(s, first + i, 1, d->heat, d->flags);
 	}
 	return true;
 }

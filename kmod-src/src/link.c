@@ -8,7 +8,6 @@
  */
 #include <linux/inet.h>
 #include <rdma/ib_cm.h>
-#include <crypto/utils.h>
 
 #include "remote_ram.h"
 #include "trace.h"
@@ -34,8 +33,7 @@ static void rram_link_note(struct rram_link *l, int stage, bool failed,
 	if (failed) {
 		l->reason = reason;
 		/* The reason is there before the failure is seen. */
-		smp_wmb();
-		WRITE_ONCE(l->failed, true);
+		smp_store_release(&l->failed, true);
 	} else {
 		WRITE_ONCE(l->stage, stage);
 	}
@@ -363,7 +361,7 @@ void rram_msg_flush(struct rram_session *s)
 {
 	unsigned int i;
 
-	for (i = 0; i < 20 && !READ_ONCE(s->broken); i++) {
+	for (i = 0; i < 10 && !READ_ONCE(s->broken); i++) {
 		unsigned int n = 0;
 		struct list_head *pos;
 
@@ -373,7 +371,7 @@ void rram_msg_flush(struct rram_session *s)
 		spin_unlock_irq(&s->buf_lock);
 		if (n == RRAM_MSG_DEPTH)
 			break;
-		msleep(10);
+		msleep(20);
 	}
 }
 
@@ -590,10 +588,9 @@ static int rram_await_stage(struct rram_link *l, int stage)
 	unsigned long end = jiffies + msecs_to_jiffies(RRAM_STEP_MS);
 
 	while (READ_ONCE(l->stage) != stage) {
-		if (READ_ONCE(l->failed)) {
-			smp_rmb();
+		/* Pairs with rram_link_note(): then the reason is there. */
+		if (smp_load_acquire(&l->failed))
 			return -ECONNREFUSED;
-		}
 		if (READ_ONCE(s->aborted) || time_after(jiffies, end)) {
 			l->reason = RRAM_REASON_TIMEOUT;
 			return -ETIMEDOUT;

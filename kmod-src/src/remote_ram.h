@@ -73,7 +73,7 @@ struct rram_session;
 struct rram_file {
 	struct inode inode;
 	struct file *shmem;
-	struct mutex lock;
+	struct mutex lock;	/* session, nr_maps, size */
 	struct rram_session __rcu *session;
 	unsigned long npages;
 	unsigned int nr_maps;
@@ -251,7 +251,7 @@ struct rram_session {
 	struct rcu_head rcu;
 	struct rram_file *f;
 	enum rram_role role;
-	spinlock_t state_lock;
+	spinlock_t state_lock;	/* state, reason, requests */
 	enum rram_state state;
 	enum rram_reason reason;
 	bool aborted;
@@ -279,7 +279,7 @@ struct rram_session {
 	struct list_head tx;
 	struct list_head rx;
 	struct rram_buf *bufs;
-	spinlock_t buf_lock;
+	spinlock_t buf_lock;	/* tx, rx */
 	int credits;
 	unsigned int owed;
 
