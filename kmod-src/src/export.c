@@ -101,6 +101,7 @@ enum rram_switch_step {
  * @final_pages: pages in it
  * @final_begun: when the switch was asked for
  * @switch_us: how long it took
+ * @peer: how the destination fares, under state_lock
  */
 struct rram_source {
 	unsigned long nr_chunks;
@@ -137,6 +138,7 @@ struct rram_source {
 	u64 final_pages;
 	ktime_t final_begun;
 	u64 switch_us;
+	struct rram_msg_progress peer;
 };
 
 static void rram_chunk_free(struct rram_chunk *c)
@@ -997,6 +999,13 @@ bool rram_source_message(struct rram_session *s, struct rram_buf *b)
 		}
 		return true;
 	}
+	case RRAM_MSG_PROGRESS:
+		if (b->bytes != sizeof(struct rram_msg_progress))
+			return false;
+		spin_lock(&s->state_lock);
+		memcpy(&src->peer, b->data, sizeof(src->peer));
+		spin_unlock(&s->state_lock);
+		return true;
 	case RRAM_MSG_COMPLETE:
 		if (!rram_switched(s->state))
 			return false;
@@ -1149,6 +1158,35 @@ void rram_source_free(struct rram_session *s)
 	kfree(src);
 }
 
+/* What the destination said last. */
+static void rram_peer_stats(struct rram_session *s, struct rram_stats *st)
+{
+	struct rram_msg_progress *m = &s->src->peer;
+	unsigned int i;
+
+	spin_lock(&s->state_lock);
+	/* Before it has said anything, it has nothing. */
+	st->pages_missing = m->msg.type ? le64_to_cpu(m->missing) :
+					  s->src->final_pages;
+	st->pages_demand = le64_to_cpu(m->demand);
+	st->pages_bubble = le64_to_cpu(m->bubble);
+	st->pages_background = le64_to_cpu(m->background);
+	st->bytes_after = le64_to_cpu(m->bytes_after);
+	st->faults_nowait = le64_to_cpu(m->nowait);
+	st->faults_retry = le64_to_cpu(m->retry);
+	st->faults_plain = le64_to_cpu(m->plain);
+	st->faults_joined = le64_to_cpu(m->joined);
+	st->wait_ns_total = le64_to_cpu(m->wait_ns_total);
+	st->wait_ns_max = le64_to_cpu(m->wait_ns_max);
+	st->read_ns_total = le64_to_cpu(m->read_ns_total);
+	st->rate = le64_to_cpu(m->rate);
+	for (i = 0; i < RRAM_HIST_BUCKETS; i++) {
+		st->wait_hist[i] = le64_to_cpu(m->wait_hist[i]);
+		st->read_hist[i] = le64_to_cpu(m->read_hist[i]);
+	}
+	spin_unlock(&s->state_lock);
+}
+
 void rram_source_stats(struct rram_session *s, struct rram_stats *st)
 {
 	struct rram_source *src = s->src;
@@ -1163,9 +1201,12 @@ void rram_source_stats(struct rram_session *s, struct rram_stats *st)
 	st->precopy_us = src->precopy_us +
 		(src->running ? ktime_us_delta(ktime_get(), src->begun) : 0);
 	st->rate = src->rate;
-	left = st->pages_dirty << PAGE_SHIFT;
-	st->remaining_us = src->rate ?
-		div64_u64(left * USEC_PER_SEC, src->rate) : ~0ULL;
+	if (src->swtch == RRAM_SWITCH_DONE)
+		rram_peer_stats(s, st);
+	left = (src->swtch == RRAM_SWITCH_DONE ? st->pages_missing :
+						 st->pages_dirty) << PAGE_SHIFT;
+	st->remaining_us = st->rate ?
+		div64_u64(left * USEC_PER_SEC, st->rate) : ~0ULL;
 	st->memory = src->nr_chunks * (sizeof(void *) + 1) +
 		(st->keys - st->keys_retired + src->nr_retired) *
 		(sizeof(struct rram_chunk) + RRAM_CHUNK_PAGES *

@@ -60,6 +60,7 @@ struct rram_key {
  * @order: in which order the rest is pulled
  * @order_lock: @order, against faults
  * @demand: demand READs under way
+ * @told_at: when the source was last told how things stand
  * @bye: the source knows that all is in
  * @ended_at: when all was in
  * @rate: bytes a second of late
@@ -86,6 +87,7 @@ struct rram_dest {
 	struct rram_order order;
 	spinlock_t order_lock;	/* order, against faults */
 	atomic_t demand;
+	unsigned long told_at;
 	bool bye;
 	unsigned long ended_at;
 	u64 rate;
@@ -967,6 +969,40 @@ static void rram_dest_measure(struct rram_dest *dst)
 	dst->rate_at = now;
 }
 
+/* Tells the source, whose operator watches, how things stand. */
+static bool rram_tell(struct rram_session *s)
+{
+	struct rram_msg_progress *m;
+	struct rram_counters *c = &s->count;
+	struct rram_buf *b;
+	unsigned int i;
+
+	if (!rram_can_send(s))
+		return false;
+	b = rram_msg_new(s, RRAM_MSG_PROGRESS);
+	m = b->data;
+	m->missing = cpu_to_le64(atomic_long_read(&s->f->nr_missing));
+	m->demand = cpu_to_le64(atomic64_read(&c->pages_demand));
+	m->bubble = cpu_to_le64(atomic64_read(&c->pages_bubble));
+	m->background = cpu_to_le64(atomic64_read(&c->pages_background));
+	m->bytes_after = cpu_to_le64(atomic64_read(&c->bytes_after));
+	m->nowait = cpu_to_le64(atomic64_read(&c->faults_nowait));
+	m->retry = cpu_to_le64(atomic64_read(&c->faults_retry));
+	m->plain = cpu_to_le64(atomic64_read(&c->faults_plain));
+	m->joined = cpu_to_le64(atomic64_read(&c->faults_joined));
+	m->wait_ns_total = cpu_to_le64(atomic64_read(&c->wait_ns_total));
+	m->wait_ns_max = cpu_to_le64(atomic64_read(&c->wait_ns_max));
+	m->read_ns_total = cpu_to_le64(atomic64_read(&c->read_ns_total));
+	m->rate = cpu_to_le64(s->dst->rate);
+	for (i = 0; i < RRAM_HIST_BUCKETS; i++) {
+		m->wait_hist[i] = cpu_to_le64(atomic64_read(&c->wait_hist[i]));
+		m->read_hist[i] = cpu_to_le64(atomic64_read(&c->read_hist[i]));
+	}
+	rram_msg_send(s, b, sizeof(*m));
+	s->dst->told_at = jiffies;
+	return true;
+}
+
 /* All is in: the destination needs nobody any more. */
 static void rram_dest_complete(struct rram_session *s)
 {
@@ -975,6 +1011,7 @@ static void rram_dest_complete(struct rram_session *s)
 	WRITE_ONCE(f->phase, RRAM_PHASE_PLAIN);
 	s->dst->ended_at = jiffies;
 	rram_set_state(s, RRAM_STATE_COMPLETE, RRAM_REASON_NONE);
+	rram_tell(s);
 	rram_say(s, RRAM_MSG_COMPLETE);
 	rram_wake_pages(f);
 }
@@ -992,6 +1029,9 @@ bool rram_dest_step(struct rram_session *s)
 	if (state == RRAM_STATE_CONNECTED && !s->dst->freezing)
 		more = rram_offers_step(s);
 	if (state == RRAM_STATE_POSTCOPY) {
+		if (time_after(jiffies, s->dst->told_at +
+			       msecs_to_jiffies(s->args.heartbeat_ms)))
+			rram_tell(s);
 		if (atomic_long_read(&f->nr_missing))
 			rram_pull_step(s);
 		/* A page that is not missing may still have to be unlocked. */
@@ -1012,8 +1052,10 @@ bool rram_dest_lingers(struct rram_session *s)
 
 void rram_dest_linked(struct rram_session *s)
 {
-	if (rram_get_state(s, NULL) == RRAM_STATE_COMPLETE)
-		rram_say(s, RRAM_MSG_COMPLETE);
+	if (rram_get_state(s, NULL) != RRAM_STATE_COMPLETE)
+		return;
+	rram_tell(s);
+	rram_say(s, RRAM_MSG_COMPLETE);
 }
 
 /* The connection is down, and with it all keys and all that was under way. */

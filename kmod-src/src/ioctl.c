@@ -334,6 +334,20 @@ static long rram_abort(struct rram_session *s)
 	return rram_wait_state(s, 0, 30 * MSEC_PER_SEC);
 }
 
+static long rram_take_back(struct rram_session *s)
+{
+	enum rram_state state = rram_get_state(s, NULL);
+
+	if (s->role != RRAM_ROLE_SOURCE)
+		return -EINVAL;
+	if (rram_ended(state))
+		return state == RRAM_STATE_COMPLETE ? -EBUSY : 0;
+	WRITE_ONCE(s->taken_back, true);
+	WRITE_ONCE(s->aborted, true);
+	rram_poke(s);
+	return rram_wait_state(s, 0, 30 * MSEC_PER_SEC);
+}
+
 static long rram_release(struct rram_file *f)
 {
 	struct rram_session *s;
@@ -391,6 +405,9 @@ long rram_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		break;
 	case RRAM_IOC_ABORT:
 		err = s ? rram_abort(s) : -ENOTCONN;
+		break;
+	case RRAM_IOC_TAKE_BACK:
+		err = s ? rram_take_back(s) : -ENOTCONN;
 		break;
 	default:
 		err = -ENOTTY;

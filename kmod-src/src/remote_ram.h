@@ -212,6 +212,7 @@ struct rram_dest;
  * @state: enum rram_state
  * @reason: enum rram_reason
  * @aborted: somebody asked for an end
+ * @taken_back: it was RRAM_IOC_TAKE_BACK
  * @thread: does all that is not done in a fault or a completion
  * @wake: where @thread sleeps
  * @poke: there is something for it to do
@@ -255,6 +256,7 @@ struct rram_session {
 	enum rram_state state;
 	enum rram_reason reason;
 	bool aborted;
+	bool taken_back;
 	struct task_struct *thread;
 	wait_queue_head_t wake;
 	atomic_t poke;

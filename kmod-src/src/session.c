@@ -165,16 +165,10 @@ static bool rram_messages(struct rram_session *s)
 		case RRAM_MSG_ABORT:
 			abort = b->data;
 			fine = false;
-			if (b->bytes < sizeof(*abort)) {
-				rram_fail(s, RRAM_REASON_PROTOCOL);
-			} else if (s->role == RRAM_ROLE_DESTINATION &&
-				   rram_switched(s->state)) {
-				/* A source can't take back what it gave. */
-				s->broken = true;
-				fine = true;
-			} else {
-				rram_fail(s, RRAM_REASON_PEER_ABORTED);
-			}
+			/* After the switch: a source that took the VM back. */
+			rram_fail(s, b->bytes < sizeof(*abort) ?
+				     RRAM_REASON_PROTOCOL :
+				     RRAM_REASON_PEER_ABORTED);
 			break;
 		default:
 			fine = s->role == RRAM_ROLE_SOURCE ?
@@ -301,7 +295,11 @@ static int rram_thread(void *data)
 				rram_msg_send(s, b, sizeof(*m));
 				rram_msg_flush(s);
 			}
-			rram_fail(s, RRAM_REASON_ABORTED);
+			if (s->taken_back)
+				rram_set_state(s, RRAM_STATE_FAILED,
+					       RRAM_REASON_ABORTED);
+			else
+				rram_fail(s, RRAM_REASON_ABORTED);
 			break;
 		}
 		more = rram_turn(s);

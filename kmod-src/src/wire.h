@@ -75,6 +75,7 @@ enum rram_msg_type {
 	RRAM_MSG_KEY,		/* source: struct rram_msg_key */
 	RRAM_MSG_COMPLETE,	/* destination: it has every page */
 	RRAM_MSG_BYE,		/* source: it knows */
+	RRAM_MSG_PROGRESS,	/* destination: struct rram_msg_progress */
 	RRAM_MSG_TYPES,
 };
 
@@ -214,6 +215,31 @@ struct rram_msg_key {
 	struct rram_msg msg;
 	__le32 nr;
 	struct rram_wire_key key[];
+} __packed;
+
+/**
+ * struct rram_msg_progress - how the destination fares, for people to see
+ * @msg: header
+ * @missing: pages that have not arrived
+ * @demand: the other fields are those of struct rram_stats
+ */
+struct rram_msg_progress {
+	struct rram_msg msg;
+	__le64 missing;
+	__le64 demand;
+	__le64 bubble;
+	__le64 background;
+	__le64 bytes_after;
+	__le64 nowait;
+	__le64 retry;
+	__le64 plain;
+	__le64 joined;
+	__le64 wait_ns_total;
+	__le64 wait_ns_max;
+	__le64 read_ns_total;
+	__le64 rate;
+	__le64 wait_hist[RRAM_HIST_BUCKETS];
+	__le64 read_hist[RRAM_HIST_BUCKETS];
 } __packed;
 
 #endif /* _RRAM_WIRE_H */
