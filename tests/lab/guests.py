@@ -43,6 +43,8 @@ class Guest:
     extra_args: str = ""  # more arguments for QEMU, driver qmp only
     extra_devices: str = ""  # more XML below <devices>, driver libvirt only
     cpu: str = "host"
+    still: bool = False  # never let run: there to be looked at; driver qmp only
+    before: str = ""  # what the host needs first, as a shell command
 
     @property
     def uuid(self) -> str:
@@ -95,7 +97,7 @@ class Guest:
         return (
             f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
             f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log"
-            f",logappend=on -serial chardev:serial0{disk} {self.extra_args}\"\n"
+            f",logappend=on -serial chardev:serial0{disk}{' -S' if self.still else ''} {self.extra_args}\"\n"
         )
 
 
@@ -116,6 +118,16 @@ SETS = {
     "small": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=32 dirty.rate=4 dirty.pattern=random dirty.report=1"),
         Guest("two", "libvirt", memory_mib=128, words="dirty.mib=32 dirty.rate=4 dirty.pattern=random dirty.report=1"),
+    ),
+    # What keeps a VM on its host, all told: real parts, but no guest runs.
+    "awkward": (
+        Guest("plain", "qmp", memory_mib=64, still=True),
+        Guest("disk", "qmp", memory_mib=64, still=True, before=f"truncate -s 8M {FILES}/local.raw",
+              extra_args=f"-drive file={FILES}/local.raw,if=virtio,format=raw"),
+        Guest("device", "qmp", memory_mib=64, still=True, before="modprobe scsi_debug && udevadm settle",
+              extra_args="-device virtio-scsi-pci -drive file=/dev/sg0,if=none,id=sg0,format=raw -device scsi-generic,drive=sg0"),
+        Guest("cpu", "qmp", memory_mib=64, still=True, cpu="EPYC,+avx512f,enforce=off"),
+        Guest("leaving", "qmp", memory_mib=64, still=True),
     ),
     "busy": (
         Guest("one", "qmp", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),
@@ -156,6 +168,8 @@ class Guests:
             if guest.kind == "valkey":
                 disk = self.lab.disks() / guest.name
                 shutil.copyfile(pathlib.Path(guest_build.valkey_image()) / "root.raw", disk)
+            if guest.before:
+                script.append(f"{{ {guest.before}; }} || exit 1")
             script.append(f": > {LOGS}/{guest.name}.log; chmod 666 {LOGS}/{guest.name}.log")
             if guest.driver == "libvirt":
                 script.append(f"cat > {FILES}/{guest.name}.xml <<'END'\n{guest.xml(self.lab)}\nEND")
@@ -171,7 +185,7 @@ class Guests:
             script.append(f"said=$(virsh -q '{'; '.join(domains)}' 2>&1); case $said in *error:*) echo \"$said\" >&2; exit 1;; esac")
         self.lab.ssh(host, "bash", stdin="\n".join(script), timeout=START_SECONDS)
         deadline = time.monotonic() + START_SECONDS
-        waiting = {guest.name: "valkey ready" if guest.kind == "valkey" else '"started"' for guest in guests}
+        waiting = {guest.name: "valkey ready" if guest.kind == "valkey" else '"started"' for guest in guests if not guest.still}
         while waiting:
             logs = self._logs(list(waiting), [host])
             waiting = {name: sign for name, sign in waiting.items() if sign.encode() not in logs.get(name, b"")}
@@ -219,6 +233,22 @@ class Guests:
 
         lab_module.each(look, [h for h in lab_module.HOSTS if self.lab.running(h)])
         return {name: sorted(hosts) for name, hosts in sorted(found.items())}
+
+    def fingerprint(self) -> dict:
+        """What a migration or an evacuation could leave on each host, as text: to compare before and after."""
+        found: dict = {}
+        look = (
+            "cd /; for d in $(virsh -q list --all --name | sort); do virsh domstate $d; virsh dumpxml $d | sha256sum; done; "
+            "systemctl list-units --plain --no-legend 'hecaton-*' | sed 's/  */ /g'; "
+            "find etc/hecaton etc/systemd/system var/lib/hecaton run/hecaton/incoming run/hecaton/reserved \\( -type f -o -type l \\) 2>/dev/null "
+            "| sort | while read f; do echo $f $(sha256sum < $f); done; ls -l dev/shm; ip -br link | sed 's/  */ /g'"
+        )
+
+        def ask(host):
+            found[host] = self.lab.ssh(host, "bash", stdin=look).stdout
+
+        lab_module.each(ask, [h for h in lab_module.HOSTS if self.lab.running(h)])
+        return dict(sorted(found.items()))
 
     def _logs(self, names, hosts=None) -> dict:
         """What guests wrote on their consoles, on all hosts together."""
@@ -269,6 +299,7 @@ def main() -> int:
     one.add_argument("set", choices=sorted(SETS))
     one.add_argument("--host", default="hv1")
     verbs.add_parser("destroy", help="end all guests and remove their traces")
+    verbs.add_parser("fingerprint", help="say what there is on all hosts that a migration could change")
     verbs.add_parser("where", help="say which host runs which guest")
     one = verbs.add_parser("check", help="let tiny guests check all their memory; status 1 if any page is wrong")
     one.add_argument("names", nargs="+")
@@ -279,6 +310,8 @@ def main() -> int:
             guests.deploy(SETS[args.set], args.host)
         elif args.verb == "destroy":
             guests.destroy()
+        elif args.verb == "fingerprint":
+            print(json.dumps(guests.fingerprint(), indent=1))
         elif args.verb == "where":
             print(json.dumps(guests.where()))
         else:

