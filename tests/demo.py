@@ -29,6 +29,8 @@ from image import LabError
 
 OUT = ROOT / "build" / "demo"
 SOURCE = "hv1"
+# MiB/s that a host of the lab sends, about, while guests run on it: what the plan's times are made of.
+BANDWIDTH = 8
 CLIENT_FIELDS = ("name", "requests", "failed", "worst_ms", "p50_ms", "p99_ms")
 
 
@@ -119,7 +121,9 @@ def main() -> int:
             # Read when the report is written, not before.
             fields = "dict2items | selectattr('key', 'in', %s) | items2dict" % list(CLIENT_FIELDS)
             clients = "{{ [lookup('ansible.builtin.file', '%s') | from_json | %s] }}" % (result, fields)
-            status = playbook(lab, "hecaton.fleet.evacuate", {"evacuate_host": SOURCE, "evacuate_report_dir": str(OUT), "evacuate_clients": clients})
+            status = playbook(lab, "hecaton.fleet.evacuate", {
+                "evacuate_host": SOURCE, "evacuate_report_dir": str(OUT), "evacuate_clients": clients, "evacuate_bandwidth": BANDWIDTH,
+            })  # fmt: skip
             time.sleep(3)
         say("what became of it")
         wrong = verdict(guests, chosen, status, json.loads(result.read_text()))

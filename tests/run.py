@@ -36,6 +36,8 @@ STAGES = (
     Stage("lab", ("lab",), 2400),
     Stage("evacuate", ("molecule", "SCENARIO=evacuate"), 2400),
     Stage("abort", ("molecule", "SCENARIO=abort"), 2400),
+    Stage("refuse", ("molecule", "SCENARIO=refuse"), 2400),
+    Stage("faults", ("molecule", "SCENARIO=faults"), 2400),
 )
 
 

@@ -14,7 +14,7 @@ import time
 
 from ansible_collections.hecaton.fleet.plugins.module_utils._libvirt import libvirt_module
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import BACKOFF, POLL
-from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record
+from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record, Stall
 
 #: Seconds to wait for a libvirtd that went away to come back.
 DAEMON_PATIENCE = 120
@@ -35,6 +35,7 @@ class Outgoing:
         self._stats: dict = {}
         self._cancelled = ""
         self._postcopy_asked = False
+        self._stall = Stall(job.get("stall_timeout_s") or 0)
         threading.Thread(target=self._event_loop, daemon=True).start()
         self._loop_ready.wait()
 
@@ -151,6 +152,9 @@ class Outgoing:
                 self.record.refuse_abort("the VM already runs on the destination; its memory is still arriving, so it can only go on")
             elif not self._cancelled and self._quietly(domain.abortJob):
                 self._cancelled = "aborted on request"
+        elif not in_postcopy and not self._cancelled and elapsed > 0 and self._stall.over(stats.get("memory_processed", 0), time.monotonic()):
+            if self._quietly(domain.abortJob):
+                self._cancelled = self._stall.reason(job["to"])
         elif job["engine"] == "userfault" and not self._postcopy_asked and elapsed > 0 and elapsed >= (job.get("precopy_timeout_s") or 0):
             if self._quietly(domain.migrateStartPostCopy):
                 self._postcopy_asked = True

@@ -15,7 +15,7 @@ import os
 import subprocess
 import time
 
-from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record, record_path, write_json
+from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record, Stall, record_path, write_json
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
 
 CONFIG_DIR = "/etc/hecaton/vms"
@@ -77,7 +77,8 @@ class Outgoing:
     """The source's side.
 
     :param job: vm, engine, uri, precopy_timeout_s, and the optional limits bandwidth_mib_s, postcopy_bandwidth_mib_s,
-        max_downtime_ms, timeout_s (pre-copy given up after), recovery_timeout_s.
+        max_downtime_ms, timeout_s (pre-copy given up after), stall_timeout_s (given up when nothing was sent for so long before
+        the switch), recovery_timeout_s.
     """
 
     def __init__(self, job: dict, record: Record):
@@ -87,6 +88,7 @@ class Outgoing:
         self.qmp: QmpClient | None = None
         self._postcopy_asked = False
         self._cancelled = ""
+        self._stall = Stall(job.get("stall_timeout_s") or 0)
 
     def run(self) -> None:
         """Moves the VM. :raises MigrationError: it stays here, running."""
@@ -136,7 +138,7 @@ class Outgoing:
             if status in ("failed", "cancelled"):
                 self._stayed(info)
             if status in ("setup", "active", "cancelling"):
-                self._precopy_step(status, elapsed)
+                self._precopy_step(status, elapsed, (info.get("ram") or {}).get("transferred", 0))
             elif status in ("postcopy-active", "device") and self.record.abort_requested():
                 self.record.refuse_abort("the VM already runs on the destination; its memory is still arriving, so it can only go on")
             if status == "postcopy-active":
@@ -157,12 +159,14 @@ class Outgoing:
                     self._reconnect()
             time.sleep(POLL)
 
-    def _precopy_step(self, status: str, elapsed: float) -> None:
+    def _precopy_step(self, status: str, elapsed: float, sent: int) -> None:
         job = self.job
         if status == "cancelling":
             return
         if self.record.abort_requested():
             self._cancel("aborted on request")
+        elif self._stall.over(sent, time.monotonic()):
+            self._cancel(self._stall.reason(job["to"]))
         elif job["engine"] == "userfault" and not self._postcopy_asked and status == "active" and elapsed >= (job.get("precopy_timeout_s") or 0):
             try:
                 self.qmp.execute("migrate-start-postcopy")

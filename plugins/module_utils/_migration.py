@@ -83,6 +83,31 @@ def finish_stale(record: dict, reason: str) -> dict:
     return {**record, "phase": "finished", "result": "failed", "reason": reason, "on": "unknown" if record["on"] == "source" else record["on"]}
 
 
+class Stall:
+    """Tells when a stream has stood still for too long: a destination that lost its power says nothing any more.
+
+    :param patience: seconds, 0 for ever.
+    """
+
+    def __init__(self, patience: float):
+        self.patience = patience
+        self._sent = -1
+        self._since = 0.0
+
+    def over(self, sent: int, now: float) -> bool:
+        """Whether nothing was sent for longer than that.
+
+        :param sent: bytes sent so far.
+        :param now: seconds, of a clock that only goes forward.
+        """
+        if sent != self._sent:
+            self._sent, self._since = sent, now
+        return 0 < self.patience < now - self._since
+
+    def reason(self, to: str) -> str:
+        return f"nothing could be sent to {to} for {self.patience:g} s; it, or the network on the way to it, is down. The VM goes on here"
+
+
 class Record:
     """The record while its migration runs. Each change is on disk when the call returns.
 

@@ -134,13 +134,14 @@ VM = _object({
 
 SCHEMA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "Report of the evacuation of one hypervisor",
+    "title": "Report of the evacuation of one hypervisor, or of the return of its VMs",
     **_object({
         "format": {"const": 1},
         "host": NAME,
+        "direction": {"enum": ["away", "back"], "description": "away: the VMs were to leave the host; back: they were to return to it"},
         "started": {"type": "string", "format": "date-time"},
         "finished": {"type": "string", "format": "date-time"},
-        "failed": {**COUNT, "description": "VMs that should have left and did not: those with the result failed or blocked"},
+        "failed": {**COUNT, "description": "VMs that should have moved and did not: those with the result failed or blocked"},
         "deadline_s": _or_null(POSITIVE),
         "elapsed_s": POSITIVE,
         "empty": {**FLAG, "description": "no VM runs on the host, and none still fetches its memory from it"},
@@ -210,17 +211,18 @@ def _short(value) -> str:
 # --- The report -------------------------------------------------------------------------------------------------------
 
 def build(plan: dict, migrations: list, locations: dict, host: str, started: float, finished: float,
-          clients: list | None = None, check: bool = False) -> dict:
+          clients: list | None = None, check: bool = False, direction: str = "away") -> dict:
     """Makes the report.
 
     :param plan: what evacuation_plan returned. ``{}`` when there is none.
     :param migrations: states of the migrations of this evacuation. Of several for one VM the last to start counts.
     :param locations: where each VM was found at the end: name of the VM → name of the host, or None when it runs nowhere.
         A VM that is missing here was not looked for.
-    :param host: the hypervisor that was to become empty.
+    :param host: the hypervisor that was to become empty, or that the VMs were to return to.
     :param started: seconds since the epoch, like ``finished``.
     :param clients: what clients outside saw.
     :param check: nothing was moved; the report says what would be.
+    :param direction: ``away`` from the host, or ``back`` to it.
     :raises ReportError: the input is not what it should be.
     """
     validate(plan, PLAN, "plan")
@@ -235,21 +237,30 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
     validate(clients or [], _list(CLIENT), "clients")
     if finished < started:
         raise ReportError(f"The evacuation can't have finished ({finished}) before it started ({started}).")
-    if plan.get("source", host) != host:
+    back = direction == "back"
+    if not back and plan.get("source", host) != host:
         raise ReportError(f"The plan is for {plan['source']}, but the report is for {host}.")
 
     last = _last_attempts(migrations)
     vms = []
     empty = True
-    for name, (fate, entry) in _fates(plan, last, locations, host).items():
+    for name, (fate, entry) in _fates(plan, last, locations, None if back else host).items():
         migration = last.get(name, {})
-        result, reason, away = _outcome(name, fate, entry, migration, locations, host, check)
-        vms.append(_vm(name, entry, migration, result, reason, locations.get(name), host, started))
+        source = (migration.get("from") or entry.get("from") or "unknown") if back else host
+        place = locations.get(name)
+        if back and place not in (None, source, host):
+            result, reason, away = "failed", f"is on {place}, not back on {host}", True
+        else:
+            result, reason, away = _outcome(name, fate, entry, migration, locations, source, check)
+        vms.append(_vm(name, entry, migration, result, reason, place, source, started))
         empty = empty and away
+    if back:
+        empty = host not in locations.values()
 
     report = {
         "format": 1,
         "host": host,
+        "direction": direction,
         "started": _timestamp(started),
         "finished": _timestamp(finished),
         "failed": sum(vm["result"] in ("failed", "blocked") for vm in vms),
@@ -275,8 +286,11 @@ def _last_attempts(migrations: list) -> dict:
     return last
 
 
-def _fates(plan: dict, last: dict, locations: dict, host: str) -> dict:
-    """What was to become of each VM: name → (move | blocked | skipped | stray, the plan's entry for it)."""
+def _fates(plan: dict, last: dict, locations: dict, host: str | None) -> dict:
+    """What was to become of each VM: name → (move | blocked | skipped | stray, the plan's entry for it).
+
+    :param host: the host on which no VM should be; None if there is none.
+    """
     fates: dict = {}
     for fate, key in (("move", "moves"), ("blocked", "blocked"), ("skipped", "skipped")):
         for entry in plan.get(key, []):
@@ -284,7 +298,7 @@ def _fates(plan: dict, last: dict, locations: dict, host: str) -> dict:
     for name in last:
         if fates.get(name, ("stray",))[0] != "move":    # an earlier run started it, and this run saw it through
             fates[name] = ("move", fates.get(name, ("", {}))[1])
-    for name in sorted(vm for vm, place in locations.items() if place == host):
+    for name in sorted(vm for vm, place in locations.items() if host and place == host):
         fates.setdefault(name, ("stray", {}))
     return fates
 
@@ -401,6 +415,30 @@ def _timestamp(moment: float) -> str:
 def brief(report: dict) -> dict:
     """The report without the samples, which are most of its size."""
     return {**report, "vms": [{**vm, "samples": []} for vm in report["vms"]]}
+
+
+def table(report: dict) -> str:
+    """The report as text for a terminal: a line per VM, and the reason under it where there is one."""
+    heads = ("VM", "result", "from", "to", "engine", "pause", "took", "sent")
+    rows = [heads]
+    for vm in report["vms"]:
+        rows.append((
+            vm["name"], vm["result"], vm["from"], vm["to"] or "-", vm["engine"] or "-",
+            "-" if vm["downtime_ms"] is None else f"{vm['downtime_ms']:g} ms",
+            "-" if vm["total_ms"] is None else f"{vm['total_ms'] / 1000:.1f} s",
+            "-" if vm["bytes"] is None else f"{vm['bytes'] / 1048576:.0f} MiB",
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [cell.rjust(width) if column > 4 else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+        if number and report["vms"][number - 1]["reason"]:
+            lines.append(f"    {report['vms'][number - 1]['reason']}")
+    for client in report["clients"]:
+        worst = "" if client["worst_ms"] is None else f", worst {client['worst_ms']:.0f} ms"
+        lines.append(f"client {client['name']}: {client['requests']} requests, {client['failed']} failed{worst}")
+    return "\n".join(lines)
 
 
 def dump(report: dict) -> str:

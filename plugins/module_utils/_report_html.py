@@ -50,7 +50,7 @@ def render(report: dict) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'; img-src data:">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f'<title>{"Check" if report["check"] else "Evacuation"} of {_text(report["host"])}</title>\n'
+        f'<title>{"Check: " if report["check"] else ""}{_what(report)} {_text(report["host"])}</title>\n'
         f"<style>{CSS}</style>\n</head>\n<body>\n{DEFS}\n<main>\n"
         + "\n".join(part for part in body if part)
         + f"\n</main>\n{footer}\n</body>\n</html>\n"
@@ -161,6 +161,14 @@ def _of(report: dict, *states: str) -> list:
 
 # --- Top of the page --------------------------------------------------------------------------------------------------
 
+def _what(report: dict) -> str:
+    return "Return to" if _back(report) else "Evacuation of"
+
+
+def _back(report: dict) -> bool:
+    return report["direction"] == "back"
+
+
 def _head(report: dict) -> str:
     host = _name(report["host"])
     lost = [vm for vm in _of(report, "failed") if vm["reason"].startswith(LOST)]
@@ -169,7 +177,11 @@ def _head(report: dict) -> str:
         would = len(_of(report, "would"))
         stay = len(report["vms"]) - would
         kind = "plan" if not stay else "warn"
-        title = f"Check: {_plural(would, 'VM')} would leave {host}" + (f", {stay} would stay" if stay else "")
+        title = f"Check: {_plural(would, 'VM')} would {'return to' if _back(report) else 'leave'} {host}" + (f", {stay} would stay" if stay else "")
+    elif _back(report):
+        kind = "ok" if not left and not lost else "bad" if report["failed"] else "warn"
+        title = f"{_plural(len(_of(report, 'moved')), 'VM')} returned to {host}"
+        title += "".join(f", {number} {word}" for number, word in ((left, "did not"), (len(lost), "lost")) if number)
     elif report["empty"] and lost:
         kind, title = "bad", f"{host} is empty, but {_plural(len(lost), 'VM')} {'is' if len(lost) == 1 else 'are'} lost"
     elif report["empty"]:
@@ -181,7 +193,7 @@ def _head(report: dict) -> str:
             title += f", {len(lost)} lost"
     shape = {"ok": "✓", "bad": "✕", "warn": "!", "plan": "→"}[kind]
     when = f'<p class="when">From <time>{_text(_moment(report["started"]))}</time> to <time>{_text(_moment(report["finished"]))}</time></p>'
-    return (f'<header class="head {kind}"><p class="kicker">{"Evacuation, check mode" if report["check"] else "Evacuation"}</p>'
+    return (f'<header class="head {kind}"><p class="kicker">{"Return" if _back(report) else "Evacuation"}{", check mode" if report["check"] else ""}</p>'
             f'<h1><span class="mark" aria-hidden="true">{shape}</span><span>{title}</span></h1>{_against_deadline(report)}{when}</header>')
 
 
@@ -217,7 +229,7 @@ def _tiles(report: dict) -> str:
     if report["check"]:
         would = _of(report, "would")
         tiles.append(("Would move", f"{len(would)} of {len(vms)}", mebibytes(sum(vm["memory_mib"] or 0 for vm in would)) + " of memory"))
-        tiles.append(("Blocked", str(len(_of(report, "blocked"))), "cannot leave"))
+        tiles.append(("Blocked", str(len(_of(report, "blocked"))), "cannot move"))
         tiles.append(("Skipped", str(len(_of(report, "skipped"))), "left out on purpose"))
         feasible = report["plan"].get("feasible")
         tiles.append(("Plan", {True: "feasible", False: "not feasible"}.get(feasible, "–"), "all VMs, in time" if feasible else "see below"))
@@ -586,9 +598,9 @@ def _table(report: dict) -> str:
     heads = "".join(f'<th role="columnheader" scope="col"{NUM if shown else ""}>{heading}</th>'
                     for _key, heading, shown in (("", "VM", None), ("", "Result", None), *columns))
     body = "".join(_table_rows(report, vm, columns) for vm in report["vms"])
-    note = f"From {_name(report['host'])}."
+    note = f"{'To' if _back(report) else 'From'} {_name(report['host'])}."
     if not report["check"]:
-        note += " Start, switch and end count from the start of the evacuation."
+        note += f" Start, switch and end count from the start of the {'return' if _back(report) else 'evacuation'}."
     return _section("All VMs", note, '<div class="scroll"><table role="table" class="vms">'
                     f'<thead role="rowgroup"><tr role="row">{heads}</tr></thead>{body}</table></div>')
 

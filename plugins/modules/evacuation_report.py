@@ -34,17 +34,27 @@ attributes:
   idempotent:
     support: full
 options:
+  report:
+    description:
+      - A report that was written before, as in C(report.json), to write its two files again.
+      - Instead of all other options but O(path).
+    type: dict
   host:
     description:
-      - The hypervisor that was to become empty.
+      - The hypervisor that was to become empty, or that VMs were to return to.
+      - Required without O(report), like O(plan), O(locations), O(started) and O(finished).
     type: str
-    required: true
+  direction:
+    description:
+      - Whether the VMs were to leave O(host), or to return to it.
+    type: str
+    choices: [away, back]
+    default: away
   plan:
     description:
       - The plan that the evacuation followed, as the module that makes the plan returns it in RV(ignore:plan).
       - V({}) when there was none.
     type: dict
-    required: true
   migrations:
     description:
       - The state of each migration of this evacuation.
@@ -59,17 +69,14 @@ options:
       - A VM that is missing here was not looked for, and so does not count as moved.
       - A VM that was found on O(host) without being in the plan counts as failed.
     type: dict
-    required: true
   started:
     description:
       - When the evacuation started, in seconds since the epoch.
     type: float
-    required: true
   finished:
     description:
       - When the evacuation finished, in seconds since the epoch.
     type: float
-    required: true
   clients:
     description:
       - What clients outside the hypervisors saw during the evacuation.
@@ -133,6 +140,13 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+table:
+  description: The report as text for a terminal.
+  returned: success
+  type: str
+  sample: |
+    VM    result  from  to    engine     pause    took    sent
+    web1  moved   hv07  hv08  userfault  98 ms  16.1 s  120 MiB
 report:
   description:
     - The report, as in C(report.json), but with an empty RV(report.vms[].samples), which are most of its size.
@@ -154,8 +168,12 @@ report:
       description: When the evacuation finished, in UTC.
       type: str
       sample: "2026-11-23T10:01:10Z"
+    direction:
+      description: Whether the VMs were to leave the hypervisor, V(away), or to return to it, V(back).
+      type: str
+      sample: away
     failed:
-      description: How many VMs should have left and did not, those with the result V(failed) or V(blocked).
+      description: How many VMs should have moved and did not, those with the result V(failed) or V(blocked).
       type: int
     deadline_s:
       description: How long the evacuation was allowed to take, in seconds; V(null) without a deadline.
@@ -256,7 +274,7 @@ import os
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.hecaton.fleet.plugins.module_utils._report import ReportError, brief, build, dump
+from ansible_collections.hecaton.fleet.plugins.module_utils._report import SCHEMA, ReportError, brief, build, dump, table, validate
 from ansible_collections.hecaton.fleet.plugins.module_utils._report_html import render
 
 
@@ -293,12 +311,14 @@ class Folder:
 def main():
     module = AnsibleModule(
         argument_spec={
-            "host": {"type": "str", "required": True},
-            "plan": {"type": "dict", "required": True},
+            "report": {"type": "dict"},
+            "host": {"type": "str"},
+            "direction": {"type": "str", "choices": ["away", "back"], "default": "away"},
+            "plan": {"type": "dict"},
             "migrations": {"type": "list", "elements": "dict", "default": []},
-            "locations": {"type": "dict", "required": True},
-            "started": {"type": "float", "required": True},
-            "finished": {"type": "float", "required": True},
+            "locations": {"type": "dict"},
+            "started": {"type": "float"},
+            "finished": {"type": "float"},
             "clients": {"type": "list", "elements": "dict", "default": [], "options": {
                 "name": {"type": "str", "required": True},
                 "requests": {"type": "int", "required": True},
@@ -311,11 +331,17 @@ def main():
             "path": {"type": "path", "required": True},
         },
         supports_check_mode=True,
+        required_one_of=[("report", "host")],
+        mutually_exclusive=[("report", "host")],
+        required_by={"host": ("plan", "locations", "started", "finished")},
     )
     given = dict(module.params)
-    path = given.pop("path")
+    path, report = given.pop("path"), given.pop("report")
     try:
-        report = build(**given)
+        if report is None:
+            report = build(**given)
+        else:
+            validate(report, SCHEMA, "report")
         text = dump(report)
         folder = Folder(module, path)
         json_changed, before = folder.put("report.json", text)
@@ -326,7 +352,7 @@ def main():
         module.fail_json(msg=f"The report can't be written to {path}: {err.strerror or err}.")
 
     paths = {"json": os.path.join(path, "report.json"), "html": os.path.join(path, "report.html")}
-    result = {"changed": json_changed or html_changed, "report": brief(report), "paths": paths}
+    result = {"changed": json_changed or html_changed, "report": brief(report), "table": table(report), "paths": paths}
     if module._diff:
         result["diff"] = {"before": before, "after": text, "before_header": paths["json"], "after_header": paths["json"]}
     module.exit_json(**result)

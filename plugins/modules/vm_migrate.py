@@ -90,6 +90,13 @@ options:
     description: Downtime in milliseconds that the pre-copy aims at.
     type: int
     default: 300
+  stall_timeout:
+    description:
+      - Seconds after which a migration is given up when nothing could be sent before the switch, since the destination is down
+        or can't be reached. The virtual machine goes on where it is.
+      - V(0) for never.
+    type: float
+    default: 120
   recovery_timeout:
     description: Seconds for which a stream that broke after the switch is taken up again, before the attempt ends as failed.
     type: float
@@ -239,6 +246,7 @@ ARGUMENT_SPEC = {
     "bandwidth": {"type": "float", "default": 0},
     "postcopy_bandwidth": {"type": "float", "default": 0},
     "max_downtime": {"type": "int", "default": 300},
+    "stall_timeout": {"type": "float", "default": 120},
     "recovery_timeout": {"type": "float", "default": 3600},
     "migration_address": {"type": "str"},
     "port_min": {"type": "int", "default": 49200},
@@ -256,7 +264,7 @@ ARGUMENT_SPEC = {
 }
 #: Least value of each number, and its greatest where there is one.
 RANGES = {
-    "precopy_timeout": (0, None), "timeout": (0, None), "bandwidth": (0, None), "postcopy_bandwidth": (0, None), "max_downtime": (1, 2000000),
+    "precopy_timeout": (0, None), "timeout": (0, None), "stall_timeout": (0, None), "bandwidth": (0, None), "postcopy_bandwidth": (0, None), "max_downtime": (1, 2000000),
     "recovery_timeout": (0, None), "port_min": (1, 65535), "port_max": (1, 65535), "max_incoming": (0, None), "memory_reserve": (0, None),
     "poll_interval": (0.1, None),
 }  # fmt: skip
@@ -414,6 +422,7 @@ class VmMigrate:
             "id": incoming.get("id"), "memory_mib": incoming.get("memory_mib"), "precopy_timeout_s": params["precopy_timeout"],
             "timeout_s": params["timeout"], "bandwidth_mib_s": params["bandwidth"], "postcopy_bandwidth_mib_s": params["postcopy_bandwidth"],
             "max_downtime_ms": params["max_downtime"], "recovery_timeout_s": params["recovery_timeout"],
+            "stall_timeout_s": params["stall_timeout"],
         }  # fmt: skip
         if found["driver"] == "libvirt":
             bracketed = f"[{address}]" if ":" in address else address

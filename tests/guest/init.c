@@ -31,7 +31,6 @@
 #define MARK(k) ((k) * 73) /* the first word, the last (7 * 73 == 511), and six between them */
 #define MS 1000000ULL
 #define SECOND 1000000000ULL
-#define TICK (5 * MS)
 #define BUCKETS 27
 #define LINE_BYTES 400
 #define SERIAL_QUEUE 4000 /* the kernel queues one page for a serial port */
@@ -40,10 +39,10 @@
 enum pattern { SEQ, RANDOM, HOT };
 
 static struct {
-	uint64_t mib, bloat_mib, zero_mib, hot_mib, seed, report_s, sweep_s, zero_every, available_mib;
+	uint64_t mib, bloat_mib, zero_mib, hot_mib, seed, report_s, sweep_s, tick_ms, zero_every, available_mib;
 	int64_t rate; /* MiB/s; 0: as fast as it goes; below 0: not at all */
 	enum pattern pattern;
-} config = { .mib = 48, .hot_mib = 8, .seed = 1, .report_s = 1, .sweep_s = 10, .zero_every = 64 };
+} config = { .mib = 48, .hot_mib = 8, .seed = 1, .report_s = 1, .sweep_s = 10, .tick_ms = 5, .zero_every = 64 };
 
 static const char *const pattern_names[] = { "seq", "random", "hot" };
 
@@ -560,13 +559,13 @@ static void loop(void)
 			reported = last_ns;
 		}
 		if (config.rate) {
-			uint64_t used = lap(0) - begin;
+			uint64_t used = lap(0) - begin, tick = config.tick_ms * MS;
 
-			if (used < TICK) {
-				struct timespec rest = { .tv_nsec = TICK - used };
+			if (used < tick) {
+				struct timespec rest = { .tv_nsec = tick - used };
 
 				nanosleep(&rest, NULL);
-				lap(TICK - used);
+				lap(tick - used);
 			}
 		}
 	}
@@ -583,8 +582,8 @@ static void read_word(const char *word)
 		{ "mib", &config.mib },		  { "bloat_mib", &config.bloat_mib },
 		{ "zero_mib", &config.zero_mib }, { "hot_mib", &config.hot_mib },
 		{ "seed", &config.seed },	  { "report", &config.report_s },
-		{ "sweep", &config.sweep_s },	  { "zero_every", &config.zero_every },
-		{ "available_mib", &config.available_mib },
+		{ "sweep", &config.sweep_s },	  { "tick", &config.tick_ms },
+		{ "zero_every", &config.zero_every }, { "available_mib", &config.available_mib },
 	};
 	const char *value = strchr(word, '=');
 	size_t length;
@@ -648,6 +647,8 @@ static bool prepare(void)
 	uint64_t wanted = config.mib + config.bloat_mib + config.zero_mib, had = available_mib();
 	uint64_t left = had > RESERVE_MIB ? had - RESERVE_MIB : 0;
 
+	/* Longer, and a slow guest would not make up for the time it slept (see dirty). */
+	config.tick_ms = config.tick_ms < 100 ? config.tick_ms : 100;
 	/* The two counters take 8 bytes a page. */
 	left -= left ? left / 512 + 1 : 0;
 	config.mib = take(config.mib, &left);

@@ -43,6 +43,8 @@ class Guest:
     extra_args: str = ""  # more arguments for QEMU, driver qmp only
     extra_devices: str = ""  # more XML below <devices>, driver libvirt only
     cpu: str = "host"
+    still: bool = False  # never let run: there to be looked at; driver qmp only
+    before: str = ""  # what the host needs first, as a shell command
 
     @property
     def uuid(self) -> str:
@@ -77,7 +79,7 @@ class Guest:
         return (
             f"<domain type='kvm'><name>{self.name}</name><uuid>{self.uuid}</uuid><memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>"
             f"<os><type arch='x86_64' machine='pc'>hvm</type><kernel>/boot/vmlinuz</kernel><initrd>{self.initrd}</initrd><cmdline>{self.append}</cmdline></os>"
-            "<features><acpi/></features><cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
+            "<features><acpi/></features><clock offset='utc'><timer name='hpet' present='no'/></clock><cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
             f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{devices}{self.extra_devices}<controller type='usb' model='none'/>"
             f"<serial type='unix'><source mode='bind' path='{SOCKETS}/{self.name}.serial'/><log file='{LOGS}/{self.name}.log' append='on'/>"
             "<target port='0'/></serial>"
@@ -93,25 +95,39 @@ class Guest:
                 f" -netdev bridge,id=net0,br=br0 -device virtio-net-pci,netdev=net0,mac={self.mac},romfile="
             )
         return (
-            f"QEMU_ARGS=\"-machine pc,accel=kvm -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
+            f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
             f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log"
-            f",logappend=on -serial chardev:serial0{disk} {self.extra_args}\"\n"
+            f",logappend=on -serial chardev:serial0{disk}{' -S' if self.still else ''} {self.extra_args}\"\n"
         )
 
+
+# Six guests share one emulated CPU: each wake-up, each character on a serial port and each page that is checked costs
+# them all, so the guests of the demo do these things as seldom as they may.
+CALM = "dirty.tick=100 dirty.report=20 dirty.sweep=60"
 
 #: Sets of guests by what they are for.
 SETS = {
     "demo": (
-        Guest("web1", "libvirt", memory_mib=128, words="dirty.mib=32 dirty.rate=2 dirty.pattern=random dirty.report=2"),
-        Guest("web2", "qmp", memory_mib=160, words="dirty.mib=64 dirty.rate=8 dirty.pattern=hot dirty.hot_mib=8 dirty.report=2"),
-        Guest("batch1", "libvirt", memory_mib=256, words="dirty.mib=128 dirty.rate=20 dirty.pattern=seq dirty.report=2"),
-        Guest("batch2", "qmp", memory_mib=256, words="dirty.mib=128 dirty.rate=12 dirty.pattern=random dirty.report=2"),
-        Guest("idle1", "qmp", memory_mib=128, words="dirty.mib=16 dirty.rate=1 dirty.report=2"),
+        Guest("web1", "libvirt", memory_mib=128, words=f"dirty.mib=32 dirty.rate=1 dirty.pattern=random {CALM}"),
+        Guest("web2", "qmp", memory_mib=160, words=f"dirty.mib=64 dirty.rate=4 dirty.pattern=hot dirty.hot_mib=8 {CALM}"),
+        Guest("batch1", "libvirt", memory_mib=256, words=f"dirty.mib=128 dirty.rate=12 dirty.pattern=seq {CALM}"),
+        Guest("batch2", "qmp", memory_mib=256, words=f"dirty.mib=128 dirty.rate=8 dirty.pattern=random {CALM}"),
+        Guest("idle1", "qmp", memory_mib=128, words=f"dirty.mib=16 dirty.rate=-1 {CALM}"),
         Guest("db1", "libvirt", kind="valkey", memory_mib=256),
     ),
     "small": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=32 dirty.rate=4 dirty.pattern=random dirty.report=1"),
         Guest("two", "libvirt", memory_mib=128, words="dirty.mib=32 dirty.rate=4 dirty.pattern=random dirty.report=1"),
+    ),
+    # What keeps a VM on its host, all told: real parts, but no guest runs.
+    "awkward": (
+        Guest("plain", "qmp", memory_mib=64, still=True),
+        Guest("disk", "qmp", memory_mib=64, still=True, before=f"truncate -s 8M {FILES}/local.raw",
+              extra_args=f"-drive file={FILES}/local.raw,if=virtio,format=raw"),
+        Guest("device", "qmp", memory_mib=64, still=True, before="modprobe scsi_debug && udevadm settle",
+              extra_args="-device virtio-scsi-pci -drive file=/dev/sg0,if=none,id=sg0,format=raw -device scsi-generic,drive=sg0"),
+        Guest("cpu", "qmp", memory_mib=64, still=True, cpu="EPYC,+avx512f,enforce=off"),
+        Guest("leaving", "qmp", memory_mib=64, still=True),
     ),
     "busy": (
         Guest("one", "qmp", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),
@@ -147,26 +163,29 @@ class Guests:
                 self._start(batch, host)
 
     def _start(self, guests, host: str) -> None:
-        script = []
+        script, domains, units = [], [], []
         for guest in guests:
             if guest.kind == "valkey":
                 disk = self.lab.disks() / guest.name
                 shutil.copyfile(pathlib.Path(guest_build.valkey_image()) / "root.raw", disk)
+            if guest.before:
+                script.append(f"{{ {guest.before}; }} || exit 1")
             script.append(f": > {LOGS}/{guest.name}.log; chmod 666 {LOGS}/{guest.name}.log")
             if guest.driver == "libvirt":
-                script.append(
-                    f"cat > {FILES}/{guest.name}.xml <<'END'\n{guest.xml(self.lab)}\nEND\n"
-                    f"virsh -q define {FILES}/{guest.name}.xml && virsh -q start {guest.name} || exit 1"
-                )
+                script.append(f"cat > {FILES}/{guest.name}.xml <<'END'\n{guest.xml(self.lab)}\nEND")
+                domains.append(f"define {FILES}/{guest.name}.xml; start {guest.name}")
             else:
-                script.append(
-                    f"test -e /etc/systemd/system/hecaton-vm@.service || {{ echo the role hecaton.fleet.qemu was not applied to {host} >&2; exit 1; }}\n"
-                    f"install -d -m 750 /etc/hecaton/vms; cat > /etc/hecaton/vms/{guest.name}.conf <<'END'\n{guest.conf(self.lab)}END\n"
-                    f"systemctl enable -q --now hecaton-vm@{guest.name} || exit 1"
-                )
+                script.append(f"cat > /etc/hecaton/vms/{guest.name}.conf <<'END'\n{guest.conf(self.lab)}END")
+                units.append(f"hecaton-vm@{guest.name}")
+        if units:
+            script.insert(0, f"test -d /etc/hecaton/vms || {{ echo the role hecaton.fleet.qemu was not applied to {host} >&2; exit 1; }}")
+            script.append(f"systemctl enable -q --now {' '.join(units)} || exit 1")
+        if domains:
+            # virsh goes on after an error, and its status is that of the last command.
+            script.append(f"said=$(virsh -q '{'; '.join(domains)}' 2>&1); case $said in *error:*) echo \"$said\" >&2; exit 1;; esac")
         self.lab.ssh(host, "bash", stdin="\n".join(script), timeout=START_SECONDS)
         deadline = time.monotonic() + START_SECONDS
-        waiting = {guest.name: "valkey ready" if guest.kind == "valkey" else '"started"' for guest in guests}
+        waiting = {guest.name: "valkey ready" if guest.kind == "valkey" else '"started"' for guest in guests if not guest.still}
         while waiting:
             logs = self._logs(list(waiting), [host])
             waiting = {name: sign for name, sign in waiting.items() if sign.encode() not in logs.get(name, b"")}
@@ -175,24 +194,27 @@ class Guests:
                 tail = logs.get(name, b"")[-600:].decode(errors="replace")
                 raise LabError(f"{', '.join(waiting)} did not start in {START_SECONDS} s; the end of {name}'s console: {tail}")
             if waiting:
-                time.sleep(1)
+                time.sleep(2)
 
     def destroy(self, names=None) -> None:
         """Ends and forgets guests on all hosts; all of them without names."""
+        # As few calls as can be: each starts a program on an emulated CPU.
         chosen = " ".join(names) if names else ""
         script = f"""
             chosen="{chosen}"
             wanted() {{ [ -z "$chosen" ] || case " $chosen " in *" $1 "*) true;; *) false;; esac; }}
-            for vm in $(virsh -q list --all --name); do wanted "$vm" || continue; virsh -q destroy "$vm" 2>/dev/null; virsh -q undefine "$vm" 2>/dev/null; done
-            units=$(systemctl list-units --all --plain --no-legend 'hecaton-vm@*' 'hecaton-migrate-*' 'hecaton-incoming-*' | cut -d' ' -f1)
-            for unit in $units; do vm=${{unit#hecaton-vm@}}; vm=${{vm#hecaton-migrate-}}; vm=${{vm#hecaton-incoming-}}; vm=${{vm%.service}}
-                wanted "$vm" || continue
-                systemctl kill --signal=KILL "$unit" 2>/dev/null; systemctl stop "$unit" 2>/dev/null; systemctl reset-failed "$unit" 2>/dev/null; done
-            for file in /etc/hecaton/vms/*.conf /run/hecaton/incoming/*.env /run/hecaton/reserved/*.json \\
-                /var/lib/hecaton/migrations/*.json /var/lib/hecaton/incoming/*.json /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml; do
-                [ -e "$file" ] || continue; vm=$(basename "$file"); vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
-                case "$file" in *.conf) systemctl disable -q "hecaton-vm@$vm" 2>/dev/null;; esac; rm -f "$file"; done
-            rm -f /var/lib/hecaton/cordon.json /var/lib/hecaton/claim; true
+            todo=; for vm in $(virsh -q list --all --name); do wanted "$vm" && todo="$todo destroy $vm; undefine $vm;"; done
+            [ -z "$todo" ] || virsh -q "$todo" >/dev/null 2>&1
+            todo=; for unit in $(systemctl list-units --all --plain --no-legend 'hecaton-vm@*' 'hecaton-migrate-*' 'hecaton-incoming-*' | cut -d' ' -f1); do
+                vm=${{unit#hecaton-vm@}}; vm=${{vm#hecaton-migrate-}}; vm=${{vm#hecaton-incoming-}}; vm=${{vm%.service}}
+                wanted "$vm" && todo="$todo $unit"; done
+            [ -z "$todo" ] || {{ systemctl kill --signal=KILL $todo; systemctl stop $todo; systemctl reset-failed $todo; }} 2>/dev/null
+            todo=; units=; for file in /etc/hecaton/vms/*.conf /run/hecaton/incoming/*.env /run/hecaton/reserved/*.json \\
+                /var/lib/hecaton/migrations/* /var/lib/hecaton/incoming/*.json /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml; do
+                [ -e "$file" ] || continue; vm=${{file##*/}}; vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
+                case "$file" in *.conf) units="$units hecaton-vm@$vm";; esac; todo="$todo $file"; done
+            [ -z "$units" ] || systemctl disable -q $units 2>/dev/null
+            rm -f $todo /var/lib/hecaton/cordon.json /var/lib/hecaton/claim
         """
         lab_module.each(lambda host: self.lab.ssh(host, "bash", stdin=script), [h for h in lab_module.HOSTS if self.lab.running(h)])
 
@@ -211,6 +233,22 @@ class Guests:
 
         lab_module.each(look, [h for h in lab_module.HOSTS if self.lab.running(h)])
         return {name: sorted(hosts) for name, hosts in sorted(found.items())}
+
+    def fingerprint(self) -> dict:
+        """What a migration or an evacuation could leave on each host, as text: to compare before and after."""
+        found: dict = {}
+        look = (
+            "cd /; for d in $(virsh -q list --all --name | sort); do virsh domstate $d; virsh dumpxml $d | sha256sum; done; "
+            "systemctl list-units --plain --no-legend 'hecaton-*' | sed 's/  */ /g'; "
+            "find etc/hecaton etc/systemd/system var/lib/hecaton run/hecaton/incoming run/hecaton/reserved \\( -type f -o -type l \\) 2>/dev/null "
+            "| sort | while read f; do echo $f $(sha256sum < $f); done; ls -l dev/shm; ip -br link | sed 's/  */ /g'"
+        )
+
+        def ask(host):
+            found[host] = self.lab.ssh(host, "bash", stdin=look).stdout
+
+        lab_module.each(ask, [h for h in lab_module.HOSTS if self.lab.running(h)])
+        return dict(sorted(found.items()))
 
     def _logs(self, names, hosts=None) -> dict:
         """What guests wrote on their consoles, on all hosts together."""
@@ -261,6 +299,7 @@ def main() -> int:
     one.add_argument("set", choices=sorted(SETS))
     one.add_argument("--host", default="hv1")
     verbs.add_parser("destroy", help="end all guests and remove their traces")
+    verbs.add_parser("fingerprint", help="say what there is on all hosts that a migration could change")
     verbs.add_parser("where", help="say which host runs which guest")
     one = verbs.add_parser("check", help="let tiny guests check all their memory; status 1 if any page is wrong")
     one.add_argument("names", nargs="+")
@@ -271,6 +310,8 @@ def main() -> int:
             guests.deploy(SETS[args.set], args.host)
         elif args.verb == "destroy":
             guests.destroy()
+        elif args.verb == "fingerprint":
+            print(json.dumps(guests.fingerprint(), indent=1))
         elif args.verb == "where":
             print(json.dumps(guests.where()))
         else:

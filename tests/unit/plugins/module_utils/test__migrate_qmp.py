@@ -557,3 +557,29 @@ def test_the_definition_of_a_vm_under_way_is_for_root_only(host, tmp_path):
     host.on["migrate-incoming"] = listen
     incoming(tmp_path).run()
     assert modes == [0o600]
+
+
+def test_a_stream_that_stands_still_before_the_switch_is_given_up(host, config, tmp_path):
+    host.on["migrate"] = lambda _arguments: host.become((0, active(200)))
+    host.on["migrate_cancel"] = lambda _arguments: host.become((0, "cancelled"))
+    move = outgoing(tmp_path, stall_timeout_s=45, precopy_timeout_s=300)
+    with pytest.raises(MigrationError, match="nothing could be sent to hv2 for 45 s.*goes on here"):
+        move.run()
+    assert 45 <= host.told_at("migrate_cancel")[0] <= 47
+
+
+def test_a_stream_that_moves_is_not_given_up(host, config, tmp_path):
+    def growing(second):
+        answer = active(200)
+        return (40, {**answer, "ram": {**answer["ram"], "transferred": second}})
+
+    host.on["migrate"] = lambda _arguments: host.become(*[growing(second) for second in range(5)], (0, COMPLETED))
+    outgoing(tmp_path, engine="precopy", stall_timeout_s=45).run()
+    assert host.told("migrate_cancel") == []
+
+
+def test_after_the_switch_a_stream_that_stands_still_is_not_given_up(host, config, tmp_path):
+    standing = (500, {**active(100), "status": "postcopy-active"})
+    host.on["migrate"] = lambda _arguments: host.become((1, active(200)), standing, (0, COMPLETED))
+    outgoing(tmp_path, precopy_timeout_s=0, stall_timeout_s=45).run()
+    assert host.told("migrate_cancel") == []

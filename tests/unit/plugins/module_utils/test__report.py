@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from ansible_collections.hecaton.fleet.plugins.module_utils import _report
-from ansible_collections.hecaton.fleet.plugins.module_utils._report import LOST, SCHEMA, ReportError, brief, build, dump, validate
+from ansible_collections.hecaton.fleet.plugins.module_utils._report import LOST, SCHEMA, ReportError, brief, build, dump, table, validate
 
 START = 1795428000.0
 MOVE = {"vm": "web1", "driver": "libvirt", "from": "hv1", "to": "hv2", "engine": "userfault", "memory_mib": 256, "dirty_rate_mib_s": 12.5,
@@ -38,7 +38,7 @@ def outcome(migrations=(), locations=None, plan=None, **more) -> tuple[str, str,
 def test_report_has_what_data_md_says():
     made = report(migrations=[MOVED], locations={"web1": "hv2"}, clients=[{"name": "probe", "requests": 10, "failed": 1}])
     assert {key: value for key, value in made.items() if key not in ("vms", "plan")} == {
-        "format": 1, "host": "hv1", "started": "2026-11-23T10:00:00Z", "finished": "2026-11-23T10:00:10Z", "failed": 0, "deadline_s": 600,
+        "format": 1, "host": "hv1", "direction": "away", "started": "2026-11-23T10:00:00Z", "finished": "2026-11-23T10:00:10Z", "failed": 0, "deadline_s": 600,
         "elapsed_s": 10.5, "empty": True, "check": False,
         "clients": [{"name": "probe", "requests": 10, "failed": 1, "worst_ms": None, "p50_ms": None, "p99_ms": None}],
     }
@@ -218,6 +218,37 @@ def test_schema_file_is_the_schema():
     file = Path(__file__).parents[4] / "docs" / "report.schema.json"
     assert file.read_text() == json.dumps(SCHEMA, indent=2) + "\n"
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+# --- The way back ---
+
+BACK = {"sources": ["hv2", "hv3"], "moves": [{"vm": "web1", "from": "hv2", "to": "hv1"}, {"vm": "web2", "from": "hv3", "to": "hv1"}]}
+RETURNED = {"vm": "web1", "from": "hv2", "to": "hv1", "result": "moved", "started": START + 1}
+
+
+def test_back_on_the_host_has_moved_and_still_away_has_failed():
+    made = report(BACK, [RETURNED, {**RETURNED, "vm": "web2", "from": "hv3", "result": "failed", "reason": "no route"}],
+                  {"web1": "hv1", "web2": "hv3", "local": "hv1"}, direction="back")
+    assert [(vm["name"], vm["result"], vm["reason"], vm["from"], vm["to"]) for vm in made["vms"]] == [
+        ("web1", "moved", "", "hv2", "hv1"), ("web2", "failed", "its migration failed: no route", "hv3", "hv1"),
+    ]
+    assert (made["direction"], made["failed"], made["empty"]) == ("back", 1, False)
+
+
+@pytest.mark.parametrize("place, reason", [
+    ("hv3", "is on hv3, not back on hv1"),
+    (None, f"{LOST}; its migration says that it moved to hv1"),
+])
+def test_anywhere_but_home_has_failed(place, reason):
+    made = report({"moves": BACK["moves"][:1]}, [RETURNED], {"web1": place}, direction="back")
+    assert (made["vms"][0]["result"], made["vms"][0]["reason"]) == ("failed", reason)
+
+
+def test_table_has_a_line_for_each_vm_and_its_reason():
+    lines = table(report(migrations=[MOVED], locations={"web1": "hv1"}, clients=[{"name": "c", "requests": 9, "failed": 1, "worst_ms": 12.4}])).splitlines()
+    assert lines[1].split() == ["web1", "failed", "hv1", "hv2", "precopy", "120", "ms", "7.3", "s", "151", "MiB"]
+    assert lines[2].strip() == "its migration says that it moved to hv2, but it is still on hv1"
+    assert lines[3] == "client c: 9 requests, 1 failed, worst 12 ms"
 
 
 def _broken():

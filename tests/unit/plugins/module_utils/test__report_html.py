@@ -191,3 +191,10 @@ def test_rate_of_a_moment_is_no_rate():
 def test_median_is_a_pause_that_a_vm_had():
     paused = page._paused([{"downtime_ms": value} for value in (10, 40, None, 20, 30)])
     assert [page._rank(paused, share) for share in (0.25, 0.5, 0.95)] == [10, 20, 40]
+
+
+def test_the_page_of_a_return_says_so():
+    plan = {"moves": [move("web1", **{"from": "hv2", "to": "hv1"}), move("web2", **{"from": "hv3", "to": "hv1"})]}
+    back = [migration("web1", **{"from": "hv2", "to": "hv1"})]
+    said = render(plan, back, {"web1": "hv1", "web2": "hv3"}, direction="back")[0].text
+    assert "Return to hv1" in said and "1 VM returned to hv1 , 1 did not" in said and "evacuation" not in said.lower()

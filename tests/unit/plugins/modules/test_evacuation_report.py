@@ -95,12 +95,24 @@ def test_check_report(run):
     ({"finished": "nan"}, "finished must be a number, not nan."),
     ({"clients": [{"name": "c", "requests": -1, "failed": 0}]}, "clients[0].requests must not be less than 0, and is -1."),
     ({"clients": [{"name": "c"}]}, "missing required arguments: failed, requests found in clients"),
-    ({"host": ...}, "missing required arguments: host"),
+    ({"host": ...}, "one of the following is required: report, host"),
+    ({"plan": ...}, "missing parameter(s) required by 'host': plan"),
+    ({"report": {}}, "parameters are mutually exclusive: report|host"),
+    ({"report": {"format": 1}, "host": ...}, "report lacks 'host'."),
 ])
 def test_bad_input_is_a_sentence(run, tmp_path, options, message):
     result = run(**options)
     assert result["failed"] and result["msg"] == message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writes_a_report_again(run, tmp_path):
+    run(tmp_path / "first")
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    again = run(tmp_path / "second", report=report, host=..., plan=..., locations=..., migrations=..., started=..., finished=...)
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / "first" / name).read_text() == (tmp_path / "second" / name).read_text()
+    assert again["table"].splitlines()[1].split() == ["web1", "moved", "hv1", "hv2", "-", "120", "ms", "-", "-"]
 
 
 def test_path_that_is_a_file(run, tmp_path):
