@@ -31,15 +31,14 @@ attributes:
     support: full
 options:
   netdev:
-    description: Return only the devices on this network interface, and RV(choice).
+    description: Return only the devices on this network interface.
     type: str
   transport:
     description:
-      - The transport that O(netdev) is to take. V(hw) is a network card with RDMA, V(siw) soft-iWARP, V(rxe) soft-RoCE.
+      - Return RV(choice), the transport that O(netdev) can take. V(hw) is a network card with RDMA, V(siw) soft-iWARP, V(rxe) soft-RoCE.
       - V(auto) takes the first of these that the host can do. siw counts also when it can be built from the distribution's source.
     type: str
     choices: [auto, hw, siw, rxe]
-    default: auto
   limits:
     description: Whether to ask the devices for their limits, MTU and GIDs, which takes pyverbs.
     type: bool
@@ -57,6 +56,7 @@ EXAMPLES = r"""
 - name: Ask what the interface that carries migrations can do
   hecaton.fleet.rdma_info:
     netdev: mig0
+    transport: auto
   register: rdma
 """
 
@@ -146,7 +146,7 @@ drivers:
   sample: {siw: missing, rxe: available}
 choice:
   description: The transport for O(netdev).
-  returned: O(netdev) is given
+  returned: O(transport) is given
   type: dict
   contains:
     transport:
@@ -166,6 +166,16 @@ choice:
     why: mig0 has no RDMA hardware; siw can be built from /usr/src/linux-source-6.12.tar.xz
     device: null
     build: /usr/src/linux-source-6.12.tar.xz
+hardware_module:
+  description: Kernel module that the network card behind O(netdev) needs for RDMA, null if it isn't known to have RDMA.
+  returned: O(netdev) is given
+  type: str
+  sample: mlx5_ib
+kernel:
+  description: Release of the running kernel.
+  returned: success
+  type: str
+  sample: 6.12.117+deb13-amd64
 memlock_bytes:
   description: How much memory a program of the user that this runs as may lock, null for any amount.
   returned: success
@@ -191,12 +201,14 @@ class RdmaInfo:
         interfaces = _rdma_host.interfaces()
         drivers = {kind: _rdma_host.driver_state(kind) for kind in _rdma.SOFT}
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-        result = {"changed": False, "drivers": drivers, "memlock_bytes": None if limit == resource.RLIM_INFINITY else limit}
+        kernel = os.uname().release
+        result = {"changed": False, "kernel": kernel, "drivers": drivers, "memlock_bytes": None if limit == resource.RLIM_INFINITY else limit}
         if netdev:
             if netdev not in interfaces:
                 raise _rdma.netdev_problem(netdev, interfaces)
-            kernel = os.uname().release
-            result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel)
+            result["hardware_module"] = _rdma.HARDWARE.get(interfaces[netdev]["driver"])
+            if self.params["transport"]:
+                result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel)
             found = _rdma.on_netdev(found, netdev)
         for device in found:
             for port in device["ports"]:
@@ -217,9 +229,10 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "netdev": {"type": "str"},
-            "transport": {"type": "str", "choices": ["auto", "hw", "siw", "rxe"], "default": "auto"},
+            "transport": {"type": "str", "choices": ["auto", "hw", "siw", "rxe"]},
             "limits": {"type": "bool", "default": True},
         },
+        required_by={"transport": ["netdev"]},
         supports_check_mode=True,
     )
     try:
