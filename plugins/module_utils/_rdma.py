@@ -8,6 +8,7 @@ Pure functions over what the tools print. ``_rdma_host`` runs them.
 
 from __future__ import annotations
 
+import math
 import re
 
 #: Drivers of soft devices: the kernel module, and the protocol that their devices speak.
@@ -214,7 +215,7 @@ def mismatch(mine: dict, theirs: dict, peer: str) -> RdmaError | None:
 def percentile(values: list, share: float) -> float:
     """The value below which a share of the values lies (nearest rank)."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, -(-int(len(ordered) * share * 1000) // 1000) - 1))]
+    return ordered[max(0, math.ceil(round(len(ordered) * share, 6)) - 1)]
 
 
 def first_difference(got: bytes, expected: bytes) -> int | None:

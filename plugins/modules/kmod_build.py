@@ -206,7 +206,7 @@ class KmodBuild:
 
     def absent(self) -> dict:
         builders = [_kmod_build.Kbuild(self.wanted("0"))]
-        if shutil.which("dkms", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin"):
+        if self.has_dkms():
             builders.append(_kmod_build.Dkms(self.wanted("0")))
         before = [line for builder in builders for line in builder.present()]
         recorded = os.path.exists(self.record_path)
@@ -297,7 +297,8 @@ class KmodBuild:
             if path and not os.path.isfile(path):
                 raise KmodError(f"{option} {path} is not a file on this host")
 
-    def has_dkms(self) -> bool:
+    @staticmethod
+    def has_dkms() -> bool:
         return bool(shutil.which("dkms", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin"))
 
     def builder(self, version: str) -> _kmod_build.Builder:
