@@ -194,9 +194,8 @@ struct rram_precopy_args {
  * The caller has stopped the VM and drained its I/O. When the call returns 0,
  * the destination has dropped all that is stale and will fetch all that is
  * missing: the VM may run there, and must not run here again. When it fails,
- * the VM may go on here - except for ETIMEDOUT with
- * RRAM_REASON_DISCONNECTED, when the answer itself was lost: the destination
- * has to be asked (RRAM_IOC_STATS) before either side runs.
+ * the session has FAILED and the VM may go on here; the destination must not
+ * run, also where it was the answer that was lost.
  * Errors: EINVAL, ENOTCONN, ETIMEDOUT, ECONNRESET, ECANCELED.
  */
 struct rram_switch_args {
@@ -259,6 +258,11 @@ struct rram_tune_args {
 
 /**
  * struct rram_stats - RRAM_IOC_STATS
+ *
+ * After the switch a source shows what its destination tells it, about once a
+ * heartbeat and at the end: @pages_demand, @pages_bubble, @pages_background,
+ * @pages_missing, @bytes_after, the faults, their times and histograms.
+ *
  * @size: sizeof(struct rram_stats)
  * @abi: out, RRAM_ABI_VERSION of the kernel
  * @role: enum rram_role
@@ -356,5 +360,11 @@ struct rram_stats {
  */
 #define RRAM_IOC_ABORT		_IO(RRAM_IOC_MAGIC, 0x17)
 #define RRAM_IOC_RELEASE	_IO(RRAM_IOC_MAGIC, 0x18)
+/*
+ * TAKE_BACK ends a source's session after the switch, as FAILED: for a VM that
+ * never ran at the destination, because something else of its migration went
+ * wrong there. What the destination is missing is lost to it.
+ */
+#define RRAM_IOC_TAKE_BACK	_IO(RRAM_IOC_MAGIC, 0x19)
 
 #endif /* _UAPI_LINUX_REMOTE_RAM_H */

@@ -1,0 +1,1168 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * The destination: READs pages into the very folios that the guest maps.
+ *
+ * Whoever wants a page first takes its bit in rram_file.inflight. The folio is
+ * locked and not up to date until the READ has ended, which keeps shmem, fault-
+ * around and reclaim away from it. The completion marks it up to date, clears
+ * the missing bit, then the inflight bit, unlocks the folio, and wakes those
+ * who wait: in this order, so that who sees the missing bit clear finds a page
+ * that is whole.
+ */
+#include <linux/memcontrol.h>
+#include <linux/pagemap.h>
+#include <linux/sched/mm.h>
+#include <linux/shmem_fs.h>
+
+#include "remote_ram.h"
+#include "trace.h"
+
+#define RRAM_LINGER_MS	30000	/* for a source that was not told of the end */
+
+/* An OFFER, while its pages are READ. */
+struct rram_offer {
+	struct list_head list;
+	u32 seq;
+	unsigned long first;	/* of the chunk */
+	unsigned int nr;	/* runs */
+	unsigned int next;	/* run to go on with */
+	unsigned int at;	/* page in it */
+	atomic_t pending;	/* READs under way, and one while more may come */
+	bool failed;
+	struct rram_wire_run run[];
+};
+
+/* How to READ a chunk. */
+struct rram_key {
+	u64 iova;
+	u32 rkey;
+	bool valid;
+};
+
+/**
+ * struct rram_dest - what only a destination has
+ * @nr_chunks: chunks of the file
+ * @key: how to READ each
+ * @key_lock: @key, against faults
+ * @want: chunks whose key somebody waits for
+ * @asked: chunks for which it was asked
+ * @memcg: who pays for pages that nobody has faulted on
+ * @offers: OFFERs that are not through, oldest first
+ * @done: OFFERs to confirm, under @fetch_lock
+ * @fetch_lock: @urgent, @bulk, @done
+ * @urgent: READs of one page that are free
+ * @bulk: READs of several that are free
+ * @fetches: all of both
+ * @active: READs under way
+ * @freezing: the final set has begun to arrive
+ * @frozen: @listed pages are not here
+ * @listed: pages in the final set so far
+ * @order: in which order the rest is pulled
+ * @order_lock: @order, against faults
+ * @demand: demand READs under way
+ * @told_at: when the source was last told how things stand
+ * @bye: the source knows that all is in
+ * @ended_at: when all was in
+ * @rate: bytes a second of late
+ * @rate_at: when that was last reckoned
+ * @rate_bytes: bytes that have come since
+ * @switch_us: how long applying the final set took
+ */
+struct rram_dest {
+	unsigned long nr_chunks;
+	struct rram_key *key;
+	spinlock_t key_lock;	/* key, against faults */
+	unsigned long *want;
+	unsigned long *asked;
+	struct mem_cgroup *memcg;
+	struct list_head offers;
+	struct list_head done;
+	spinlock_t fetch_lock;	/* urgent, bulk, done */
+	struct list_head urgent;
+	struct list_head bulk;
+	struct rram_fetch *fetches;
+	atomic_t active;
+	bool freezing;
+	u64 listed;
+	struct rram_order order;
+	spinlock_t order_lock;	/* order, against faults */
+	atomic_t demand;
+	unsigned long told_at;
+	bool bye;
+	unsigned long ended_at;
+	u64 rate;
+	ktime_t rate_at;
+	atomic64_t rate_bytes;
+	u64 switch_us;
+	ktime_t switch_begun;
+};
+
+/* -- READs ---------------------------------------------------------------- */
+
+static void rram_offer_put(struct rram_session *s, struct rram_offer *o)
+{
+	struct rram_dest *dst = s->dst;
+	unsigned long flags;
+
+	if (!atomic_dec_and_test(&o->pending))
+		return;
+	spin_lock_irqsave(&dst->fetch_lock, flags);
+	list_add_tail(&o->list, &dst->done);
+	spin_unlock_irqrestore(&dst->fetch_lock, flags);
+	rram_poke(s);
+}
+
+static struct rram_fetch *rram_fetch_get(struct rram_session *s, bool bulk)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_fetch *r;
+	unsigned long flags;
+
+	spin_lock_irqsave(&dst->fetch_lock, flags);
+	r = list_first_entry_or_null(bulk ? &dst->bulk : &dst->urgent,
+				     struct rram_fetch, list);
+	if (r)
+		list_del(&r->list);
+	spin_unlock_irqrestore(&dst->fetch_lock, flags);
+	return r;
+}
+
+static void rram_fetch_put(struct rram_fetch *r)
+{
+	struct rram_dest *dst = r->s->dst;
+	unsigned long flags;
+	bool waited;
+
+	spin_lock_irqsave(&dst->fetch_lock, flags);
+	waited = !r->bulk && list_empty(&dst->urgent);
+	list_add(&r->list, r->bulk ? &dst->bulk : &dst->urgent);
+	spin_unlock_irqrestore(&dst->fetch_lock, flags);
+	if (waited)
+		rram_wake_pages(r->s->f);
+}
+
+/* Lets go of a page that was taken and not READ. */
+static void rram_untake(struct rram_file *f, unsigned long index)
+{
+	clear_bit_unlock(index, f->inflight);
+	rram_wake_page(f, index);
+}
+
+/*
+ * A page has come, or will not come by this READ. May run in a soft
+ * interrupt.
+ */
+static void rram_settle(struct rram_session *s, struct folio *folio,
+			unsigned long index, enum rram_cause cause, bool came)
+{
+	struct rram_file *f = s->f;
+
+	if (came) {
+		folio_mark_uptodate(folio);
+		/* A clean shmem folio may be dropped. */
+		folio_mark_dirty(folio);
+		if (test_and_clear_bit(index, f->missing))
+			atomic_long_dec(&f->nr_missing);
+	}
+	clear_bit_unlock(index, f->inflight);
+	folio_unlock(folio);
+	rram_wake_page(f, index);
+	folio_put(folio);
+}
+
+static void rram_count_fetch(struct rram_session *s, enum rram_cause cause,
+			     unsigned int nr)
+{
+	struct rram_counters *c = &s->count;
+	u64 bytes = (u64)nr << PAGE_SHIFT;
+
+	switch (cause) {
+	case RRAM_CAUSE_AHEAD:
+		atomic64_add(nr, &c->pages_ahead);
+		break;
+	case RRAM_CAUSE_DEMAND:
+		atomic64_add(nr, &c->pages_demand);
+		break;
+	case RRAM_CAUSE_BUBBLE:
+		atomic64_add(nr, &c->pages_bubble);
+		break;
+	case RRAM_CAUSE_BACKGROUND:
+		atomic64_add(nr, &c->pages_background);
+		break;
+	}
+	atomic64_add(bytes, READ_ONCE(s->f->phase) == RRAM_PHASE_AHEAD ?
+			    &c->bytes_ahead : &c->bytes_after);
+	atomic64_add(bytes, &s->dst->rate_bytes);
+}
+
+static void rram_fetch_done(struct ib_cq *cq, struct ib_wc *wc)
+{
+	struct rram_fetch *r = container_of(wc->wr_cqe, struct rram_fetch, cqe);
+	struct rram_session *s = r->s;
+	struct rram_dest *dst = s->dst;
+	bool came = wc->status == IB_WC_SUCCESS;
+	struct rram_offer *offer = r->offer;
+	enum rram_cause cause = r->cause;
+	unsigned int i;
+	u64 ns;
+
+	if (r->by_rw)
+		rdma_rw_ctx_destroy(&r->rw, wc->qp, wc->qp->port, r->sg, r->nr,
+				    DMA_FROM_DEVICE);
+	else
+		ib_dma_unmap_page(s->dev, r->sge.addr, PAGE_SIZE,
+				  DMA_FROM_DEVICE);
+	if (came && unlikely(rram_inject_failure()))
+		came = false;
+	ns = ktime_to_ns(ktime_sub(ktime_get(), r->posted));
+	if (came) {
+		rram_count_fetch(s, cause, r->nr);
+		if (cause == RRAM_CAUSE_DEMAND) {
+			atomic64_add(ns, &s->count.read_ns_total);
+			rram_count_hist(s->count.read_hist, ns);
+		}
+	} else {
+		if (offer)
+			WRITE_ONCE(offer->failed, true);
+		WRITE_ONCE(s->broken, true);
+	}
+	trace_rram_read(s->f, r->first, r->nr, cause, ns, wc->status);
+	for (i = 0; i < r->nr; i++)
+		rram_settle(s, r->folio[i], r->first + i, cause, came);
+	if (cause == RRAM_CAUSE_DEMAND)
+		atomic_dec(&dst->demand);
+	rram_fetch_put(r);
+	if (offer)
+		rram_offer_put(s, offer);
+	/* The last that is touched: who waits for none to be active may go. */
+	if (atomic_dec_and_test(&dst->active) || cause != RRAM_CAUSE_DEMAND ||
+	    !came || !atomic_long_read(&s->f->nr_missing))
+		rram_poke(s);
+}
+
+/*
+ * Posts a READ of pages that were taken and whose folios are in r->folio.
+ * The caller holds s->linksem for reading, or is the thread.
+ */
+static int rram_post_read(struct rram_session *s, struct rram_fetch *r,
+			  const struct rram_key *key)
+{
+	struct rram_link *l = &s->link[r->bulk ? RRAM_LINK_BULK :
+						 RRAM_LINK_URGENT];
+	u64 addr = key->iova +
+		   ((r->first & (RRAM_CHUNK_PAGES - 1)) << PAGE_SHIFT);
+	struct ib_qp *qp = l->id->qp;
+	unsigned int i;
+	int err;
+
+	r->cqe.done = rram_fetch_done;
+	r->posted = ktime_get();
+	r->by_rw = r->bulk || rram_needs_sink_key(s->dev);
+	atomic_inc(&s->dst->active);
+	if (r->by_rw) {
+		sg_init_table(r->sg, r->nr);
+		for (i = 0; i < r->nr; i++)
+			sg_set_folio(&r->sg[i], r->folio[i], PAGE_SIZE, 0);
+		err = rdma_rw_ctx_init(&r->rw, qp, qp->port, r->sg, r->nr, 0,
+				       addr, key->rkey, DMA_FROM_DEVICE);
+		if (err < 0)
+			goto undo;
+		err = rdma_rw_ctx_post(&r->rw, qp, qp->port, &r->cqe, NULL);
+		if (err)
+			rdma_rw_ctx_destroy(&r->rw, qp, qp->port, r->sg, r->nr,
+					    DMA_FROM_DEVICE);
+	} else {
+		r->sge.addr = ib_dma_map_page(s->dev, &r->folio[0]->page, 0,
+					      PAGE_SIZE, DMA_FROM_DEVICE);
+		err = -EIO;
+		if (ib_dma_mapping_error(s->dev, r->sge.addr))
+			goto undo;
+		r->sge.length = PAGE_SIZE;
+		r->sge.lkey = s->pd->local_dma_lkey;
+		memset(&r->wr, 0, sizeof(r->wr));
+		r->wr.wr.wr_cqe = &r->cqe;
+		r->wr.wr.sg_list = &r->sge;
+		r->wr.wr.num_sge = 1;
+		r->wr.wr.opcode = IB_WR_RDMA_READ;
+		r->wr.wr.send_flags = IB_SEND_SIGNALED;
+		r->wr.remote_addr = addr;
+		r->wr.rkey = key->rkey;
+		err = ib_post_send(qp, &r->wr.wr, NULL);
+		if (err)
+			ib_dma_unmap_page(s->dev, r->sge.addr, PAGE_SIZE,
+					  DMA_FROM_DEVICE);
+	}
+	if (!err)
+		return 0;
+	/* A queue pair that takes no more is a connection that is lost. */
+	WRITE_ONCE(s->broken, true);
+	rram_poke(s);
+undo:
+	atomic_dec(&s->dst->active);
+	return err;
+}
+
+static bool rram_get_key(struct rram_session *s, unsigned long index,
+			 struct rram_key *key)
+{
+	struct rram_dest *dst = s->dst;
+
+	spin_lock(&dst->key_lock);
+	*key = dst->key[index >> RRAM_CHUNK_SHIFT];
+	spin_unlock(&dst->key_lock);
+	if (key->valid)
+		return true;
+	if (!test_and_set_bit(index >> RRAM_CHUNK_SHIFT, dst->want))
+		rram_poke(s);
+	return false;
+}
+
+/* Starts the READ of a page whose bit the caller has taken. */
+static int rram_demand_taken(struct rram_session *s, unsigned long index)
+{
+	struct rram_fetch *r;
+	struct folio *folio;
+	struct rram_key key;
+	int err;
+
+	if (!s->linked || READ_ONCE(s->broken))
+		return -ENOTCONN;
+	if (!rram_get_key(s, index, &key))
+		return -EAGAIN;
+	r = rram_fetch_get(s, false);
+	if (!r)
+		return -EBUSY;
+	folio = rram_grab(s->f, index);
+	if (IS_ERR(folio)) {
+		rram_fetch_put(r);
+		return PTR_ERR(folio) == -EINTR ? -EINTR : -ENOMEM;
+	}
+	r->first = index;
+	r->nr = 1;
+	r->cause = RRAM_CAUSE_DEMAND;
+	r->offer = NULL;
+	r->folio[0] = folio;
+	atomic_inc(&s->dst->demand);
+	if (unlikely(rram_inject_delay_us))
+		fsleep(rram_inject_delay_us);
+	err = rram_post_read(s, r, &key);
+	if (!err)
+		return 0;
+	atomic_dec(&s->dst->demand);
+	folio_unlock(folio);
+	folio_put(folio);
+	rram_fetch_put(r);
+	return err;
+}
+
+/**
+ * rram_demand - see to it that a page comes
+ * @s: a destination's session
+ * @index: the page
+ *
+ * Return: 0 when the page is here; -ENOMEM; anything else: it is on its way,
+ * or can't be fetched at this moment. Either way who waits is woken when
+ * there is a reason to call this again.
+ */
+int rram_demand(struct rram_session *s, unsigned long index)
+{
+	struct rram_file *f = s->f;
+	bool ahead;
+	int err = 0;
+
+	if (!test_bit_acquire(index, f->missing))
+		return 0;
+	/* While the final set is applied nothing new may be on its way. */
+	ahead = READ_ONCE(f->phase) == RRAM_PHASE_AHEAD;
+	if (ahead)
+		down_read(&f->stale);
+	down_read(&s->linksem);
+	if (test_and_set_bit_lock(index, f->inflight)) {
+		err = -EINPROGRESS;
+		goto up;
+	}
+	if (test_bit(index, f->missing))
+		err = rram_demand_taken(s, index);
+	else
+		err = -EALREADY;
+	if (err) {
+		rram_untake(f, index);
+		if (err == -EALREADY)
+			err = 0;
+	} else {
+		err = -EIOCBQUEUED;
+	}
+up:
+	up_read(&s->linksem);
+	if (ahead)
+		up_read(&f->stale);
+	return err;
+}
+
+/* Somebody waits for this page: what is around it will be wanted next. */
+void rram_dest_fault(struct rram_session *s, unsigned long index)
+{
+	struct rram_dest *dst = s->dst;
+
+	if (READ_ONCE(s->f->phase) != RRAM_PHASE_AFTER)
+		return;
+	spin_lock(&dst->order_lock);
+	rram_order_fault(&dst->order, index);
+	spin_unlock(&dst->order_lock);
+	rram_poke(s);
+}
+
+/*
+ * READs up to @nr pages from @first on into one request; all in one chunk.
+ * Stops before a page that somebody else has taken. Returns how many pages it
+ * has dealt with, or an error when it has to wait.
+ */
+static int rram_pull(struct rram_session *s, unsigned long first,
+		     unsigned int nr, enum rram_cause cause,
+		     struct rram_offer *offer)
+{
+	struct rram_file *f = s->f;
+	struct mem_cgroup *memcg;
+	struct rram_fetch *r;
+	struct rram_key key;
+	unsigned int n = 0;
+	int err;
+
+	if (!rram_get_key(s, first, &key))
+		return -EAGAIN;
+	r = rram_fetch_get(s, true);
+	if (!r)
+		return -EBUSY;
+	memcg = set_active_memcg(s->dst->memcg);
+	while (n < nr) {
+		unsigned long index = first + n;
+		struct folio *folio;
+
+		if (test_and_set_bit_lock(index, f->inflight))
+			break;
+		/* After the switch only what is missing; before it, updates. */
+		if (cause != RRAM_CAUSE_AHEAD && !test_bit(index, f->missing)) {
+			rram_untake(f, index);
+			break;
+		}
+		folio = rram_grab(f, index);
+		if (IS_ERR(folio)) {
+			rram_untake(f, index);
+			break;
+		}
+		r->folio[n++] = folio;
+	}
+	set_active_memcg(memcg);
+	if (!n) {
+		rram_fetch_put(r);
+		return -EBUSY;
+	}
+	r->first = first;
+	r->nr = n;
+	r->cause = cause;
+	r->offer = offer;
+	if (offer)
+		atomic_inc(&offer->pending);
+	err = rram_post_read(s, r, &key);
+	if (!err)
+		return n;
+	if (offer)
+		atomic_dec(&offer->pending);
+	while (n--) {
+		clear_bit_unlock(first + n, f->inflight);
+		folio_unlock(r->folio[n]);
+		folio_put(r->folio[n]);
+		rram_wake_page(f, first + n);
+	}
+	rram_fetch_put(r);
+	return err;
+}
+
+/* -- Before the switch ---------------------------------------------------- */
+
+/* These pages are zero at the source. */
+static int rram_take_zero(struct rram_session *s, unsigned long first,
+			  unsigned int nr)
+{
+	struct rram_file *f = s->f;
+	unsigned long i;
+
+	for (i = first; i < first + nr; i++) {
+		/* A READ by a fault may be on its way. */
+		wait_event(f->wait[i % RRAM_WAITS],
+			   !test_and_set_bit_lock(i, f->inflight));
+	}
+	/* A hole reads as zeroes and takes no memory. */
+	shmem_truncate_range(rram_inner(f), (loff_t)first << PAGE_SHIFT,
+			     ((loff_t)(first + nr) << PAGE_SHIFT) - 1);
+	for (i = first; i < first + nr; i++) {
+		if (test_and_clear_bit(i, f->missing))
+			atomic_long_dec(&f->nr_missing);
+		clear_bit_unlock(i, f->inflight);
+		rram_wake_page(f, i);
+	}
+	return 0;
+}
+
+/* Goes on with the offers. Returns true if there is more to do at once. */
+static bool rram_offers_step(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_offer *o, *next;
+
+	list_for_each_entry_safe(o, next, &dst->offers, list) {
+		while (o->next < o->nr) {
+			unsigned int first = le16_to_cpu(o->run[o->next].first);
+			unsigned int nr = le16_to_cpu(o->run[o->next].nr);
+			int n;
+
+			if (nr & RRAM_RUN_ZERO) {
+				rram_take_zero(s, o->first + first,
+					       nr & ~RRAM_RUN_ZERO);
+				o->next++;
+				continue;
+			}
+			n = rram_pull(s, o->first + first + o->at,
+				      min(nr - o->at, s->batch),
+				      RRAM_CAUSE_AHEAD, o);
+			if (n < 0)
+				return false;	/* a completion will wake us */
+			o->at += n;
+			if (o->at == nr) {
+				o->at = 0;
+				o->next++;
+			}
+		}
+		list_del(&o->list);
+		rram_offer_put(s, o);
+	}
+	return false;
+}
+
+/* Tells the source which offers are through. */
+static void rram_confirm(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_msg_pulled *m;
+	struct rram_offer *o;
+	struct rram_buf *b;
+
+	for (;;) {
+		spin_lock_irq(&dst->fetch_lock);
+		o = list_first_entry_or_null(&dst->done, struct rram_offer, list);
+		if (o && (o->failed || dst->freezing || rram_can_send(s)))
+			list_del(&o->list);
+		else
+			o = NULL;
+		spin_unlock_irq(&dst->fetch_lock);
+		if (!o)
+			return;
+		if (!o->failed && !dst->freezing) {
+			b = rram_msg_new(s, RRAM_MSG_PULLED);
+			m = b->data;
+			m->seq = cpu_to_le32(o->seq);
+			rram_msg_send(s, b, sizeof(*m));
+		}
+		kfree(o);
+	}
+}
+
+/* Nothing else may need the connection that is gone, or the time before. */
+static void rram_drop_offers(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_offer *o, *next;
+
+	list_for_each_entry_safe(o, next, &dst->offers, list) {
+		list_del(&o->list);
+		WRITE_ONCE(o->failed, true);
+		rram_offer_put(s, o);
+	}
+}
+
+static bool rram_set_key(struct rram_session *s, const struct rram_wire_key *k)
+{
+	struct rram_dest *dst = s->dst;
+	u32 chunk = le32_to_cpu(k->chunk);
+
+	if (chunk >= dst->nr_chunks)
+		return false;
+	spin_lock(&dst->key_lock);
+	dst->key[chunk].iova = le64_to_cpu(k->iova);
+	dst->key[chunk].rkey = le32_to_cpu(k->rkey);
+	dst->key[chunk].valid = true;
+	spin_unlock(&dst->key_lock);
+	clear_bit(chunk, dst->want);
+	clear_bit(chunk, dst->asked);
+	atomic64_inc(&s->count.keys);
+	return true;
+}
+
+static bool rram_offered(struct rram_session *s, struct rram_buf *b)
+{
+	struct rram_msg_offer *m = b->data;
+	struct rram_dest *dst = s->dst;
+	unsigned long first, pages;
+	unsigned int i, nr;
+	struct rram_offer *o;
+	bool data = false;
+
+	if (b->bytes < sizeof(*m) || dst->freezing)
+		return false;
+	nr = le32_to_cpu(m->nr);
+	if (!nr || nr > RRAM_CHUNK_PAGES || b->bytes != struct_size(m, run, nr))
+		return false;
+	if (le32_to_cpu(m->key.chunk) >= dst->nr_chunks)
+		return false;
+	first = (unsigned long)le32_to_cpu(m->key.chunk) << RRAM_CHUNK_SHIFT;
+	pages = min(s->f->npages - first, RRAM_CHUNK_PAGES);
+	for (i = 0; i < nr; i++) {
+		unsigned int n = le16_to_cpu(m->run[i].nr);
+
+		data |= !(n & RRAM_RUN_ZERO);
+		n &= ~RRAM_RUN_ZERO;
+		if (!n || le16_to_cpu(m->run[i].first) + n > pages)
+			return false;
+	}
+	if (data && !rram_set_key(s, &m->key))
+		return false;
+	o = kmalloc(struct_size(o, run, nr), GFP_KERNEL);
+	if (!o)
+		return false;
+	o->seq = le32_to_cpu(m->seq);
+	o->first = first;
+	o->nr = nr;
+	o->next = 0;
+	o->at = 0;
+	o->failed = false;
+	atomic_set(&o->pending, 1);
+	memcpy(o->run, m->run, nr * sizeof(*o->run));
+	list_add_tail(&o->list, &dst->offers);
+	return true;
+}
+
+/* -- The switch ----------------------------------------------------------- */
+
+/* Waits until no READ is under way. */
+static void rram_quiesce(struct rram_session *s)
+{
+	/* Completions always come: at the latest when the link is broken. */
+	wait_event(s->wake, !atomic_read(&s->dst->active));
+	atomic_set(&s->poke, 1);
+}
+
+/*
+ * The final set begins to arrive. Offers that are not through count as not
+ * taken, on both sides. What is on its way may be older than the final set:
+ * it has to land before pages are marked.
+ */
+static void rram_dest_freeze(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_file *f = s->f;
+
+	dst->switch_begun = ktime_get();
+	down_write(&f->stale);
+	rram_drop_offers(s);
+	rram_quiesce(s);
+	dst->freezing = true;
+	rram_confirm(s);
+	up_write(&f->stale);
+}
+
+/*
+ * A page is not here, whatever was here before. The caller holds f->stale for
+ * writing, so nobody maps it at the same time; a fault that has found it here
+ * holds the folio's lock until it is mapped.
+ */
+static void rram_make_missing(struct rram_session *s, unsigned long index)
+{
+	struct rram_file *f = s->f;
+	struct folio *folio;
+
+	if (test_and_set_bit(index, f->missing))
+		return;
+	atomic_long_inc(&f->nr_missing);
+	atomic64_inc(&s->count.pages_stale);
+	folio = rram_find_folio(f->shmem->f_mapping, index);
+	if (!folio)
+		return;		/* a hole, or swapped out: READ over it */
+	folio_lock(folio);
+	if (folio->mapping == f->shmem->f_mapping) {
+		unmap_mapping_pages(f->shmem->f_mapping, index, 1, false);
+		/* Nobody may map it as it is; see next_uptodate_folio(). */
+		folio_clear_uptodate(folio);
+	}
+	folio_unlock(folio);
+	folio_put(folio);
+}
+
+static void rram_list_run(struct rram_session *s, unsigned long first,
+			  unsigned long nr, u8 heat)
+{
+	struct rram_file *f = s->f;
+	unsigned long i = first, end = first + nr;
+
+	memset(f->heat + first, heat, nr);
+	s->dst->listed += nr;
+	/* Most of a file that was not copied ahead is missing already. */
+	while ((i = find_next_zero_bit(f->missing, end, i)) < end)
+		rram_make_missing(s, i++);
+}
+
+/* Some pages that are alike; they lie within the file. */
+static void rram_list_pages(struct rram_session *s, unsigned long first,
+			    unsigned int nr, u8 heat, u8 flags)
+{
+	unsigned long i;
+
+	if (!(flags & RRAM_DIRTY_ZERO)) {
+		rram_list_run(s, first, nr, heat);
+		return;
+	}
+	if (!rram_switched(s->state)) {
+		rram_take_zero(s, first, nr);
+		return;
+	}
+	/* After the switch: not what the guest has got otherwise. */
+	for (i = first; i < first + nr; i++)
+		if (test_bit(i, s->f->missing))
+			rram_take_zero(s, i, 1);
+}
+
+static bool rram_list_entry(struct rram_session *s,
+			    const struct rram_wire_dirty *d, const __le64 *bits)
+{
+	unsigned long first = le32_to_cpu(d->first);
+	unsigned int nr = le16_to_cpu(d->nr), i;
+	struct rram_file *f = s->f;
+	struct rram_dest *dst = s->dst;
+
+	if (d->heat >= RRAM_HEAT_CLASSES || !nr || first >= f->npages ||
+	    (!bits && nr > f->npages - first))
+		return false;
+	/* After the switch nothing becomes missing any more. */
+	if (!(d->flags & RRAM_DIRTY_ZERO) && rram_switched(s->state))
+		return false;
+	if (d->flags & RRAM_DIRTY_REKEY) {
+		unsigned long last = (first + nr - 1) >> RRAM_CHUNK_SHIFT;
+		unsigned long c;
+
+		spin_lock(&dst->key_lock);
+		for (c = first >> RRAM_CHUNK_SHIFT;
+		     c <= last && c < dst->nr_chunks; c++)
+			dst->key[c].valid = false;
+		spin_unlock(&dst->key_lock);
+	}
+	if (!bits) {
+		rram_list_pages(s, first, nr, d->heat, d->flags);
+		return true;
+	}
+	for (i = 0; i < nr; i++) {
+		if (!(get_unaligned_le64(bits + i / 64) >> (i % 64) & 1))
+			continue;
+		if (first + i >= f->npages)
+			return false;
+		rram_list_pages(s, first + i, 1, d->heat, d->flags);
+	}
+	return true;
+}
+
+static bool rram_listed(struct rram_session *s, struct rram_buf *b)
+{
+	struct rram_msg_dirty *m = b->data;
+	struct rram_dest *dst = s->dst;
+	struct rram_file *f = s->f;
+	bool ahead = !rram_switched(s->state), fine = true;
+	void *at = m->entry, *end = b->data + b->bytes;
+	unsigned int i, nr;
+
+	if (b->bytes < sizeof(*m))
+		return false;
+	if (ahead && !dst->freezing)
+		rram_dest_freeze(s);
+	nr = le32_to_cpu(m->nr);
+	if (ahead)
+		down_write(&f->stale);
+	for (i = 0; i < nr && fine; i++) {
+		struct rram_wire_dirty *d = at;
+		__le64 *bits = NULL;
+
+		fine = end - at >= sizeof(*d);
+		if (!fine)
+			break;
+		at = d + 1;
+		if (d->flags & RRAM_DIRTY_BITS) {
+			unsigned int n = le16_to_cpu(d->nr);
+
+			fine = n % 64 == 0 && end - at >= n / 8;
+			if (!fine)
+				break;
+			bits = at;
+			at += n / 8;
+		}
+		fine = rram_list_entry(s, d, bits);
+	}
+	if (ahead)
+		up_write(&f->stale);
+	return fine && at == end;
+}
+
+/* The final set is complete: from here on the VM may run. */
+static bool rram_switch_now(struct rram_session *s, struct rram_buf *b)
+{
+	struct rram_msg_switch *m = b->data;
+	struct rram_dest *dst = s->dst;
+	struct rram_file *f = s->f;
+	unsigned long i;
+
+	if (b->bytes != sizeof(*m) || rram_switched(s->state))
+		return false;
+	if (!dst->freezing)
+		rram_dest_freeze(s);
+	if (le64_to_cpu(m->pages) != dst->listed || !rram_can_send(s))
+		return false;
+	down_write(&f->stale);
+	/* What was written here meanwhile is not the VM's. */
+	WRITE_ONCE(f->tracking, false);
+	for_each_set_bit(i, f->dirty, f->npages)
+		rram_make_missing(s, i);
+	bitmap_zero(f->dirty, f->npages);
+	spin_lock(&dst->order_lock);
+	rram_order_init(&dst->order, f->npages);
+	spin_unlock(&dst->order_lock);
+	/* From here on bits are only cleared, and need no semaphore. */
+	WRITE_ONCE(f->phase, RRAM_PHASE_AFTER);
+	up_write(&f->stale);
+	dst->switch_us = ktime_us_delta(ktime_get(), dst->switch_begun);
+	rram_set_state(s, RRAM_STATE_POSTCOPY, RRAM_REASON_NONE);
+	b = rram_msg_new(s, RRAM_MSG_SWITCHED);
+	((struct rram_msg_switch *)b->data)->pages = m->pages;
+	rram_msg_send(s, b, sizeof(*m));
+	rram_wake_pages(f);
+	return true;
+}
+
+/* Deals with a message. Returns false if the session can't go on. */
+bool rram_dest_message(struct rram_session *s, struct rram_buf *b)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_msg *msg = b->data;
+	bool over = rram_ended(s->state);
+	unsigned int i, n;
+
+	switch (msg->type) {
+	case RRAM_MSG_OFFER:
+		return !rram_switched(s->state) && !over && rram_offered(s, b);
+	case RRAM_MSG_DIRTY:
+		/* What is zero is no longer news when all is in. */
+		return over || rram_listed(s, b);
+	case RRAM_MSG_SWITCH:
+		return !over && rram_switch_now(s, b);
+	case RRAM_MSG_KEY: {
+		struct rram_msg_key *m = b->data;
+
+		if (b->bytes < sizeof(*m))
+			return false;
+		n = le32_to_cpu(m->nr);
+		if (n > RRAM_MSG_SIZE / sizeof(m->key[0]) ||
+		    b->bytes != struct_size(m, key, n))
+			return false;
+		for (i = 0; i < n; i++)
+			if (!rram_set_key(s, &m->key[i]))
+				return false;
+		if (!bitmap_empty(dst->want, dst->nr_chunks) || n)
+			rram_wake_pages(s->f);
+		return true;
+	}
+	case RRAM_MSG_BYE:
+		dst->bye = true;
+		return over;
+	default:
+		return false;
+	}
+}
+
+/* -- After the switch ----------------------------------------------------- */
+
+static void rram_ask_for_keys(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_msg_want *m;
+	unsigned int n = 0;
+	unsigned long i;
+	struct rram_buf *b;
+
+	for_each_set_bit(i, dst->want, dst->nr_chunks)
+		if (!test_bit(i, dst->asked))
+			n++;
+	if (!n || !rram_can_send(s))
+		return;
+	b = rram_msg_new(s, RRAM_MSG_WANT);
+	m = b->data;
+	n = 0;
+	for_each_set_bit(i, dst->want, dst->nr_chunks) {
+		if (test_bit(i, dst->asked) || n >= 256)
+			continue;
+		set_bit(i, dst->asked);
+		m->chunk[n++] = cpu_to_le32(i);
+	}
+	m->nr = cpu_to_le32(n);
+	rram_msg_send(s, b, struct_size(m, chunk, n));
+}
+
+/* Pulls what nobody waits for. */
+static void rram_pull_step(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_file *f = s->f;
+
+	if (!READ_ONCE(s->background))
+		return;
+	for (;;) {
+		struct rram_run run;
+		bool bubble;
+		unsigned int max = s->batch;
+
+		/*
+		 * Whoever waits goes first: while there are demand READs, small
+		 * pieces around them, and only one at a time.
+		 */
+		if (atomic_read(&dst->demand)) {
+			if (atomic_read(&dst->active) >
+			    atomic_read(&dst->demand))
+				return;
+			max = min(max, 8U);
+		}
+		if (list_empty_careful(&dst->bulk))
+			return;
+		if (rram_throttled(s, (u64)max << PAGE_SHIFT))
+			return;
+		spin_lock(&dst->order_lock);
+		run = rram_order_next(&dst->order, f->missing, f->inflight,
+				      f->heat, max, &bubble);
+		spin_unlock(&dst->order_lock);
+		if (rram_order_idle(&dst->order, run))
+			return;
+		if (!run.nr)
+			continue;
+		if (rram_pull(s, run.first, run.nr, bubble ?
+			      RRAM_CAUSE_BUBBLE : RRAM_CAUSE_BACKGROUND,
+			      NULL) < 0) {
+			spin_lock(&dst->order_lock);
+			rram_order_failed(&dst->order, run.first);
+			spin_unlock(&dst->order_lock);
+			return;
+		}
+	}
+}
+
+static void rram_dest_measure(struct rram_dest *dst)
+{
+	ktime_t now = ktime_get();
+	s64 us = ktime_us_delta(now, dst->rate_at);
+
+	if (us < 100 * USEC_PER_MSEC)
+		return;
+	dst->rate = (dst->rate + 3 * div64_u64(atomic64_xchg(&dst->rate_bytes, 0) *
+					       USEC_PER_SEC, us)) / 4;
+	dst->rate_at = now;
+}
+
+/* Tells the source, whose operator watches, how things stand. */
+static bool rram_tell(struct rram_session *s)
+{
+	struct rram_msg_progress *m;
+	struct rram_counters *c = &s->count;
+	struct rram_buf *b;
+	unsigned int i;
+
+	if (!rram_can_send(s))
+		return false;
+	b = rram_msg_new(s, RRAM_MSG_PROGRESS);
+	m = b->data;
+	m->missing = cpu_to_le64(atomic_long_read(&s->f->nr_missing));
+	m->demand = cpu_to_le64(atomic64_read(&c->pages_demand));
+	m->bubble = cpu_to_le64(atomic64_read(&c->pages_bubble));
+	m->background = cpu_to_le64(atomic64_read(&c->pages_background));
+	m->bytes_after = cpu_to_le64(atomic64_read(&c->bytes_after));
+	m->nowait = cpu_to_le64(atomic64_read(&c->faults_nowait));
+	m->retry = cpu_to_le64(atomic64_read(&c->faults_retry));
+	m->plain = cpu_to_le64(atomic64_read(&c->faults_plain));
+	m->joined = cpu_to_le64(atomic64_read(&c->faults_joined));
+	m->wait_ns_total = cpu_to_le64(atomic64_read(&c->wait_ns_total));
+	m->wait_ns_max = cpu_to_le64(atomic64_read(&c->wait_ns_max));
+	m->read_ns_total = cpu_to_le64(atomic64_read(&c->read_ns_total));
+	m->rate = cpu_to_le64(s->dst->rate);
+	for (i = 0; i < RRAM_HIST_BUCKETS; i++) {
+		m->wait_hist[i] = cpu_to_le64(atomic64_read(&c->wait_hist[i]));
+		m->read_hist[i] = cpu_to_le64(atomic64_read(&c->read_hist[i]));
+	}
+	rram_msg_send(s, b, sizeof(*m));
+	s->dst->told_at = jiffies;
+	return true;
+}
+
+/* All is in: the destination needs nobody any more. */
+static void rram_dest_complete(struct rram_session *s)
+{
+	struct rram_file *f = s->f;
+
+	WRITE_ONCE(f->phase, RRAM_PHASE_PLAIN);
+	s->dst->ended_at = jiffies;
+	rram_set_state(s, RRAM_STATE_COMPLETE, RRAM_REASON_NONE);
+	rram_tell(s);
+	rram_say(s, RRAM_MSG_COMPLETE);
+	rram_wake_pages(f);
+}
+
+/* One turn of the destination's work. Returns true if there is more at once. */
+bool rram_dest_step(struct rram_session *s)
+{
+	enum rram_state state = rram_get_state(s, NULL);
+	struct rram_file *f = s->f;
+	bool more = false;
+
+	rram_dest_measure(s->dst);
+	rram_confirm(s);
+	rram_ask_for_keys(s);
+	if (state == RRAM_STATE_CONNECTED && !s->dst->freezing)
+		more = rram_offers_step(s);
+	if (state == RRAM_STATE_POSTCOPY) {
+		if (time_after(jiffies, s->dst->told_at +
+			       msecs_to_jiffies(s->args.heartbeat_ms)))
+			rram_tell(s);
+		if (atomic_long_read(&f->nr_missing))
+			rram_pull_step(s);
+		/* A page that is not missing may still have to be unlocked. */
+		if (!atomic_long_read(&f->nr_missing) &&
+		    !atomic_read(&s->dst->active))
+			rram_dest_complete(s);
+	}
+	return more;
+}
+
+/* Whether there is still somebody to be told of the end. */
+bool rram_dest_lingers(struct rram_session *s)
+{
+	return !s->dst->bye && !READ_ONCE(s->aborted) &&
+	       time_before(jiffies, s->dst->ended_at +
+				    msecs_to_jiffies(RRAM_LINGER_MS));
+}
+
+void rram_dest_linked(struct rram_session *s)
+{
+	if (rram_get_state(s, NULL) != RRAM_STATE_COMPLETE)
+		return;
+	rram_tell(s);
+	rram_say(s, RRAM_MSG_COMPLETE);
+}
+
+/* The connection is down, and with it all keys and all that was under way. */
+void rram_dest_drop(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+
+	spin_lock(&dst->key_lock);
+	memset(dst->key, 0, dst->nr_chunks * sizeof(*dst->key));
+	spin_unlock(&dst->key_lock);
+	bitmap_zero(dst->want, dst->nr_chunks);
+	bitmap_zero(dst->asked, dst->nr_chunks);
+	rram_drop_offers(s);
+	rram_confirm(s);
+}
+
+/* Ended before all was in. */
+void rram_dest_end(struct rram_session *s, bool lost)
+{
+	struct rram_file *f = s->f;
+
+	if (lost)
+		atomic64_set(&s->count.pages_lost,
+			     atomic_long_read(&f->nr_missing));
+	down_write(&f->stale);
+	WRITE_ONCE(f->tracking, false);
+	WRITE_ONCE(f->phase, lost ? RRAM_PHASE_LOST : RRAM_PHASE_FAILED);
+	up_write(&f->stale);
+	rram_wake_pages(f);
+}
+
+int rram_dest_new(struct rram_session *s)
+{
+	unsigned long n = DIV_ROUND_UP(s->f->npages, RRAM_CHUNK_PAGES);
+	struct rram_dest *dst = kzalloc(sizeof(*dst), GFP_KERNEL);
+	unsigned int i, all = RRAM_URGENT_DEPTH + RRAM_BULK_DEPTH;
+	struct rram_fetch *r;
+
+	if (!dst)
+		return -ENOMEM;
+	s->dst = dst;
+	s->state = RRAM_STATE_LISTENING;
+	dst->nr_chunks = n;
+	spin_lock_init(&dst->key_lock);
+	spin_lock_init(&dst->fetch_lock);
+	spin_lock_init(&dst->order_lock);
+	INIT_LIST_HEAD(&dst->offers);
+	INIT_LIST_HEAD(&dst->done);
+	INIT_LIST_HEAD(&dst->urgent);
+	INIT_LIST_HEAD(&dst->bulk);
+	dst->rate_at = ktime_get();
+	dst->memcg = rram_memcg_of_current();
+	dst->key = kvcalloc(n, sizeof(*dst->key), GFP_KERNEL);
+	dst->want = kvcalloc(BITS_TO_LONGS(n), sizeof(long), GFP_KERNEL);
+	dst->asked = kvcalloc(BITS_TO_LONGS(n), sizeof(long), GFP_KERNEL);
+	dst->fetches = kvcalloc(all, sizeof(*r), GFP_KERNEL);
+	if (!dst->key || !dst->want || !dst->asked || !dst->fetches)
+		return -ENOMEM;
+	for (i = 0; i < all; i++) {
+		bool bulk = i >= RRAM_URGENT_DEPTH;
+		unsigned int pages = bulk ? RRAM_BATCH_MAX : 1;
+
+		r = &dst->fetches[i];
+		r->s = s;
+		r->bulk = bulk;
+		r->folio = kcalloc(pages, sizeof(*r->folio), GFP_KERNEL);
+		r->sg = kcalloc(pages, sizeof(*r->sg), GFP_KERNEL);
+		if (!r->folio || !r->sg)
+			return -ENOMEM;
+		list_add_tail(&r->list, bulk ? &dst->bulk : &dst->urgent);
+	}
+	return 0;
+}
+
+void rram_dest_free(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_offer *o, *next;
+	unsigned int i;
+
+	if (!dst)
+		return;
+	list_for_each_entry_safe(o, next, &dst->done, list)
+		kfree(o);
+	for (i = 0; dst->fetches && i < RRAM_URGENT_DEPTH + RRAM_BULK_DEPTH; i++) {
+		kfree(dst->fetches[i].folio);
+		kfree(dst->fetches[i].sg);
+	}
+	kvfree(dst->fetches);
+	kvfree(dst->key);
+	kvfree(dst->want);
+	kvfree(dst->asked);
+	rram_memcg_put(dst->memcg);
+	kfree(dst);
+}
+
+void rram_dest_stats(struct rram_session *s, struct rram_stats *st)
+{
+	struct rram_dest *dst = s->dst;
+
+	st->rate = dst->rate;
+	st->switch_us = dst->switch_us;
+	st->remaining_us = dst->rate ?
+		div64_u64((st->pages_missing << PAGE_SHIFT) * USEC_PER_SEC,
+			  dst->rate) : ~0ULL;
+	st->memory = dst->nr_chunks * sizeof(*dst->key) +
+		(RRAM_URGENT_DEPTH + RRAM_BULK_DEPTH) *
+		sizeof(struct rram_fetch) + RRAM_BULK_DEPTH * RRAM_BATCH_MAX *
+		(sizeof(struct folio *) + sizeof(struct scatterlist));
+}

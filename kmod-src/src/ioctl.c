@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * The control surface: checks what user space says and passes it on. What the
+ * calls mean is in include/uapi/linux/remote_ram.h.
+ *
+ * No user memory is touched under rram_file.lock: mmap() takes that lock with
+ * the memory map's held.
+ */
+#include <linux/inet.h>
+#include <linux/pagemap.h>
+#include <linux/shmem_fs.h>
+#include <linux/uaccess.h>
+#include <rdma/ib_addr.h>
+
+#include "remote_ram.h"
+
+/*
+ * Copies a structure from user space that starts with its own size. A shorter
+ * one is filled up with zeroes, a longer one must be zero beyond what is known
+ * here.
+ */
+static int rram_copy_in(void *to, const void __user *from, size_t known)
+{
+	u32 size;
+
+	if (get_user(size, (const u32 __user *)from))
+		return -EFAULT;
+	if (size < sizeof(size))
+		return -EINVAL;
+	if (size > PAGE_SIZE)
+		return -E2BIG;
+	return copy_struct_from_user(to, known, from, size);
+}
+
+static int rram_copy_out(void __user *to, const void *from, size_t known)
+{
+	u32 size;
+
+	/* As the caller knows it: it may have changed it meanwhile. */
+	if (get_user(size, (const u32 __user *)to))
+		return -EFAULT;
+	return copy_to_user(to, from, min_t(size_t, size, known)) ? -EFAULT : 0;
+}
+
+static int rram_check_args(struct rram_session_args *a, bool listens)
+{
+	struct sockaddr_storage *ss = (struct sockaddr_storage *)a->addr;
+
+	BUILD_BUG_ON(sizeof(struct sockaddr_storage) > RRAM_ADDR_LEN);
+	BUILD_BUG_ON(offsetof(struct rram_session_args, addr) % 8);
+	if (a->flags || a->reserved || a->reason)
+		return -EINVAL;
+	switch (ss->ss_family) {
+	case AF_INET:
+		if (!listens && !((struct sockaddr_in *)ss)->sin_port)
+			return -EINVAL;
+		break;
+	case AF_INET6:
+		if (!listens && !((struct sockaddr_in6 *)ss)->sin6_port)
+			return -EINVAL;
+		break;
+	default:
+		return -EINVAL;
+	}
+	/* A heartbeat that is slower than patience would cut every line. */
+	if (a->dead_ms && a->heartbeat_ms && a->dead_ms < 2 * a->heartbeat_ms)
+		return -EINVAL;
+	return 0;
+}
+
+/* Whether a file may begin a session. The caller holds f->lock. */
+static int rram_may_begin(struct rram_file *f)
+{
+	if (rcu_access_pointer(f->session))
+		return -EBUSY;
+	if (!f->npages || f->npages > U32_MAX)
+		return -EINVAL;
+	return rram_file_bitmaps(f);
+}
+
+static int rram_reason_error(enum rram_reason reason)
+{
+	switch (reason) {
+	case RRAM_REASON_VERSION:
+	case RRAM_REASON_TOKEN:
+	case RRAM_REASON_UUID:
+	case RRAM_REASON_SIZE:
+	case RRAM_REASON_BUSY:
+	case RRAM_REASON_STATE:
+	case RRAM_REASON_PROTOCOL:
+		return -ECONNREFUSED;
+	case RRAM_REASON_UNREACHABLE:
+		return -EHOSTUNREACH;
+	case RRAM_REASON_TIMEOUT:
+		return -ETIMEDOUT;
+	case RRAM_REASON_NO_MEMORY:
+		return -ENOMEM;
+	case RRAM_REASON_DEVICE:
+		return -ENODEV;
+	default:
+		return -ECONNRESET;
+	}
+}
+
+static long rram_export(struct rram_file *f, void __user *arg)
+{
+	struct rram_session_args a;
+	struct rram_session *s;
+	enum rram_state state;
+	enum rram_reason reason;
+	int err;
+
+	err = rram_copy_in(&a, arg, sizeof(a));
+	err = err ?: rram_check_args(&a, false);
+	if (err)
+		return err;
+	mutex_lock(&f->lock);
+	err = rram_may_begin(f);
+	/* What is missing here can't be given to anybody. */
+	if (!err && f->phase != RRAM_PHASE_PLAIN)
+		err = -EBUSY;
+	if (err)
+		goto unlock;
+	s = rram_session_new(f, RRAM_ROLE_SOURCE, &a);
+	if (IS_ERR(s)) {
+		err = PTR_ERR(s);
+		goto unlock;
+	}
+	WRITE_ONCE(f->frozen, false);
+	kref_get(&s->ref);
+	err = rram_session_start(s);
+	if (err)
+		rram_session_put(s);
+	mutex_unlock(&f->lock);
+	if (err) {
+		rram_session_put(s);
+		return err;
+	}
+	/* The thread gives up by itself; it may need a little longer. */
+	err = rram_wait_state(s, BIT(RRAM_STATE_CONNECTED),
+			      s->args.connect_ms + 5 * MSEC_PER_SEC);
+	state = rram_get_state(s, &reason);
+	if (!err && state != RRAM_STATE_CONNECTED)
+		err = rram_reason_error(reason);
+	if (err) {
+		/* Nothing is left behind of a session that never was. */
+		mutex_lock(&f->lock);
+		if (rcu_access_pointer(f->session) == s)
+			rram_session_end(f);
+		mutex_unlock(&f->lock);
+	}
+	rram_session_put(s);
+	a.reason = err ? reason : RRAM_REASON_NONE;
+	memzero_explicit(a.token, sizeof(a.token));
+	return rram_copy_out(arg, &a, sizeof(a)) ?: err;
+unlock:
+	mutex_unlock(&f->lock);
+	memzero_explicit(a.token, sizeof(a.token));
+	return err;
+}
+
+static long rram_attach(struct rram_file *f, void __user *arg)
+{
+	struct rram_session_args a;
+	struct rram_session *s;
+	int err;
+
+	err = rram_copy_in(&a, arg, sizeof(a));
+	err = err ?: rram_check_args(&a, true);
+	if (err)
+		return err;
+	inode_lock(&f->inode);
+	mutex_lock(&f->lock);
+	err = rram_may_begin(f);
+	/* Pages that somebody has mapped can't become missing unnoticed. */
+	if (!err && f->nr_maps)
+		err = -EBUSY;
+	if (err)
+		goto unlock;
+	s = rram_session_new(f, RRAM_ROLE_DESTINATION, &a);
+	if (IS_ERR(s)) {
+		err = PTR_ERR(s);
+		goto unlock;
+	}
+	err = rram_listen(s);
+	if (err)
+		goto put;
+	shmem_truncate_range(rram_inner(f), 0, (loff_t)-1);
+	bitmap_set(f->missing, 0, f->npages);
+	bitmap_zero(f->inflight, f->npages);
+	bitmap_zero(f->dirty, f->npages);
+	memset(f->heat, 0, f->npages);
+	atomic_long_set(&f->nr_missing, f->npages);
+	f->frozen = false;
+	f->large = false;
+	/* The bitmaps before those who look at them. */
+	smp_wmb();
+	WRITE_ONCE(f->tracking, true);
+	WRITE_ONCE(f->phase, RRAM_PHASE_AHEAD);
+	err = rram_session_start(s);
+	if (err) {
+		WRITE_ONCE(f->tracking, false);
+		WRITE_ONCE(f->phase, RRAM_PHASE_FAILED);
+		rram_unlisten(s);
+		goto put;
+	}
+	memcpy(a.addr, s->args.addr, sizeof(a.addr));
+	mutex_unlock(&f->lock);
+	inode_unlock(&f->inode);
+	memzero_explicit(a.token, sizeof(a.token));
+	return rram_copy_out(arg, &a, sizeof(a));
+put:
+	rram_session_put(s);
+unlock:
+	mutex_unlock(&f->lock);
+	inode_unlock(&f->inode);
+	memzero_explicit(a.token, sizeof(a.token));
+	return err;
+}
+
+static long rram_precopy(struct rram_session *s, void __user *arg)
+{
+	struct rram_precopy_args a;
+	int err = rram_copy_in(&a, arg, sizeof(a));
+
+	if (err)
+		return err;
+	if (a.flags || a.reserved || s->role != RRAM_ROLE_SOURCE)
+		return -EINVAL;
+	return rram_source_precopy(s, &a);
+}
+
+static long rram_switch(struct rram_session *s, void __user *arg)
+{
+	struct rram_switch_args a;
+	int err = rram_copy_in(&a, arg, sizeof(a));
+
+	if (err)
+		return err;
+	if (a.flags || s->role != RRAM_ROLE_SOURCE)
+		return -EINVAL;
+	err = rram_source_switch(s, &a);
+	return rram_copy_out(arg, &a, sizeof(a)) ?: err;
+}
+
+static long rram_wait(struct rram_session *s, void __user *arg)
+{
+	struct rram_wait_args a;
+	enum rram_reason reason;
+	int err = rram_copy_in(&a, arg, sizeof(a));
+
+	if (err)
+		return err;
+	if (a.reserved || a.states >= BIT(RRAM_STATE_LOST + 1))
+		return -EINVAL;
+	if (s)
+		err = rram_wait_state(s, a.states, a.timeout_ms);
+	a.state = s ? rram_get_state(s, &reason) : RRAM_STATE_NONE;
+	a.reason = s ? reason : RRAM_REASON_NONE;
+	return rram_copy_out(arg, &a, sizeof(a)) ?: err;
+}
+
+static long rram_tune(struct rram_session *s, void __user *arg)
+{
+	struct rram_tune_args a;
+	int err = rram_copy_in(&a, arg, sizeof(a));
+
+	if (err)
+		return err;
+	switch (a.what) {
+	case RRAM_TUNE_BANDWIDTH:
+		WRITE_ONCE(s->args.bandwidth, a.value);
+		break;
+	case RRAM_TUNE_BUSY_POLL_US:
+		if (a.value > USEC_PER_SEC)
+			return -EINVAL;
+		WRITE_ONCE(s->busy_poll_us, a.value);
+		break;
+	case RRAM_TUNE_BATCH_PAGES:
+		if (!a.value || a.value > RRAM_BATCH_MAX)
+			return -EINVAL;
+		WRITE_ONCE(s->batch, a.value);
+		break;
+	case RRAM_TUNE_BACKGROUND:
+		if (a.value > 1)
+			return -EINVAL;
+		WRITE_ONCE(s->background, a.value);
+		break;
+	default:
+		return -EINVAL;
+	}
+	rram_poke(s);
+	return 0;
+}
+
+static long rram_get_stats(struct rram_file *f, struct rram_session *s,
+			   void __user *arg)
+{
+	struct rram_stats *st;
+	u32 size;
+	long err;
+
+	if (get_user(size, (const u32 __user *)arg))
+		return -EFAULT;
+	if (size < sizeof(size))
+		return -EINVAL;
+	st = kzalloc(sizeof(*st), GFP_KERNEL);
+	if (!st)
+		return -ENOMEM;
+	if (s)
+		rram_stats(s, st);
+	st->size = sizeof(*st);
+	st->abi = RRAM_ABI_VERSION;
+	st->pages = f->npages;
+	if (f->phase != RRAM_PHASE_PLAIN)
+		st->pages_missing = atomic_long_read(&f->nr_missing);
+	err = copy_to_user(arg, st, min_t(size_t, size, sizeof(*st))) ?
+	      -EFAULT : 0;
+	kfree(st);
+	return err;
+}
+
+static long rram_abort(struct rram_session *s)
+{
+	enum rram_state state = rram_get_state(s, NULL);
+
+	if (rram_ended(state))
+		return 0;
+	/* Pages that only this side has are not its to withhold. */
+	if (s->role == RRAM_ROLE_SOURCE && rram_switched(state))
+		return -EBUSY;
+	WRITE_ONCE(s->aborted, true);
+	rram_poke(s);
+	return rram_wait_state(s, 0, 30 * MSEC_PER_SEC);
+}
+
+static long rram_take_back(struct rram_session *s)
+{
+	enum rram_state state = rram_get_state(s, NULL);
+
+	if (s->role != RRAM_ROLE_SOURCE)
+		return -EINVAL;
+	if (rram_ended(state))
+		return state == RRAM_STATE_COMPLETE ? -EBUSY : 0;
+	WRITE_ONCE(s->taken_back, true);
+	WRITE_ONCE(s->aborted, true);
+	rram_poke(s);
+	return rram_wait_state(s, 0, 30 * MSEC_PER_SEC);
+}
+
+static long rram_release(struct rram_file *f)
+{
+	struct rram_session *s;
+	int err = 0;
+
+	mutex_lock(&f->lock);
+	s = rcu_dereference_protected(f->session, lockdep_is_held(&f->lock));
+	if (s && !rram_ended(rram_get_state(s, NULL))) {
+		err = -EBUSY;
+	} else if (s) {
+		rram_session_end(f);
+		WRITE_ONCE(f->frozen, false);
+	}
+	mutex_unlock(&f->lock);
+	return err;
+}
+
+long rram_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	struct rram_file *f = rram_file_of(file_inode(file));
+	void __user *user = (void __user *)arg;
+	struct rram_session *s;
+	long err;
+
+	if (_IOC_TYPE(cmd) != RRAM_IOC_MAGIC)
+		return -ENOTTY;
+	/* Whoever may only read may also look. */
+	if (!(file->f_mode & FMODE_WRITE) && cmd != RRAM_IOC_STATS &&
+	    cmd != RRAM_IOC_WAIT)
+		return -EBADF;
+	switch (cmd) {
+	case RRAM_IOC_EXPORT:
+		return rram_export(f, user);
+	case RRAM_IOC_ATTACH:
+		return rram_attach(f, user);
+	case RRAM_IOC_RELEASE:
+		return rram_release(f);
+	}
+	s = rram_session_get(f);
+	switch (cmd) {
+	case RRAM_IOC_STATS:
+		err = rram_get_stats(f, s, user);
+		break;
+	case RRAM_IOC_WAIT:
+		err = rram_wait(s, user);
+		break;
+	case RRAM_IOC_PRECOPY:
+		err = s ? rram_precopy(s, user) : -ENOTCONN;
+		break;
+	case RRAM_IOC_SWITCH:
+		err = s ? rram_switch(s, user) : -ENOTCONN;
+		break;
+	case RRAM_IOC_TUNE:
+		err = s ? rram_tune(s, user) : -ENOTCONN;
+		break;
+	case RRAM_IOC_ABORT:
+		err = s ? rram_abort(s) : -ENOTCONN;
+		break;
+	case RRAM_IOC_TAKE_BACK:
+		err = s ? rram_take_back(s) : -ENOTCONN;
+		break;
+	default:
+		err = -ENOTTY;
+	}
+	if (s)
+		rram_session_put(s);
+	return err;
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Which pages were written, and what is behind an index.
+ *
+ * The one rule: a page table entry that allows writing belongs to a page whose
+ * bit in rram_file.dirty is set. It is made true for all pages when tracking
+ * begins (all bits are set), kept by rram_page_mkwrite(), and restored by
+ * rram_harvest() for the bits that it clears.
+ */
+#include <linux/hugetlb.h>
+#include <linux/pagemap.h>
+#include <linux/shmem_fs.h>
+
+#include "remote_ram.h"
+
+void rram_track_write(struct rram_file *f, unsigned long first,
+		      unsigned long nr)
+{
+	unsigned long i;
+
+	for (i = first; i < first + nr && i < f->npages; i++)
+		set_bit(i, f->dirty);
+	if (unlikely(READ_ONCE(f->frozen)))
+		atomic64_add(nr, &f->late_writes);
+}
+
+/* Takes write access away from every mapping of some pages. */
+void rram_protect(struct rram_file *f, unsigned long first, unsigned long nr)
+{
+	/*
+	 * An entry for a whole huge page can't be protected in part. Losing
+	 * an entry is as good: the next write faults.
+	 */
+	if (READ_ONCE(f->large))
+		unmap_mapping_pages(f->shmem->f_mapping, first, nr, false);
+	else
+		rram_write_protect(f->shmem->f_mapping, first, nr);
+}
+
+/*
+ * Looks up a page without making one. Returns the folio with a reference and
+ * its lock; NULL for a hole, or with *err.
+ */
+struct folio *rram_peek(struct rram_file *f, unsigned long index, int *err)
+{
+	struct folio *folio = NULL;
+
+	*err = rram_shmem_get_folio(rram_inner(f), index, &folio, false);
+	return *err ? NULL : folio;
+}
+
+/*
+ * Looks up or makes a page that is about to be overwritten. Returns the folio
+ * with a reference and its lock; it may be without contents and not up to
+ * date.
+ */
+struct folio *rram_grab(struct rram_file *f, unsigned long index)
+{
+	struct folio *folio = NULL;
+	int err = rram_shmem_get_folio(rram_inner(f), index, &folio, true);
+
+	return err ? ERR_PTR(err) : folio;
+}
+
+/**
+ * rram_harvest - take dirty bits of one chunk
+ * @f: the file
+ * @first: first page of the chunk
+ * @want: which bits are of interest (RRAM_CHUNK_PAGES of them), NULL for all
+ * @taken: out, the bits that were set and are now clear
+ *
+ * After this, what is read from the pages in @taken is at least as new as
+ * every write that did not set its bit again.
+ *
+ * Return: number of bits in @taken.
+ */
+unsigned int rram_harvest(struct rram_file *f, unsigned long first,
+			  const unsigned long *want, unsigned long *taken)
+{
+	unsigned int nr = min_t(unsigned long, RRAM_CHUNK_PAGES,
+				f->npages - first);
+	unsigned int i, low, high, count = 0;
+	struct folio *folio;
+	unsigned long bits;
+
+	/* A chunk is a multiple of the bits in a long. */
+	for (i = 0; i < BITS_TO_LONGS(nr); i++) {
+		atomic_long_t *word;
+
+		word = (atomic_long_t *)&f->dirty[first / BITS_PER_LONG + i];
+		bits = want ? want[i] : ~0UL;
+		bits &= atomic_long_read(word);
+		if (bits)
+			bits &= atomic_long_fetch_andnot(bits, word);
+		taken[i] = bits;
+		count += hweight_long(bits);
+	}
+	for (; i < BITS_TO_LONGS(RRAM_CHUNK_PAGES); i++)
+		taken[i] = 0;
+	if (!count)
+		return 0;
+	low = find_first_bit(taken, nr);
+	high = find_last_bit(taken, nr);
+	rram_protect(f, first + low, high - low + 1);
+	/*
+	 * Whoever set a bit before it was taken may be about to make the page
+	 * writable; it holds the folio's lock until it has.
+	 */
+	for_each_set_bit(i, taken, nr) {
+		folio = rram_find_folio(f->shmem->f_mapping, first + i);
+		if (!folio)
+			continue;
+		folio_lock(folio);
+		folio_unlock(folio);
+		/*
+		 * A pin may be written through without a fault: not clean, but
+		 * worth copying now.
+		 */
+		if (folio_maybe_dma_pinned(folio))
+			set_bit(first + i, f->dirty);
+		folio_put(folio);
+	}
+	rram_protect(f, first + low, high - low + 1);
+	return count;
+}
