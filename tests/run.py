@@ -36,6 +36,7 @@ STAGES = (
     Stage("lab", ("lab",), 2400),
     Stage("evacuate", ("molecule", "SCENARIO=evacuate"), 2400),
     Stage("abort", ("molecule", "SCENARIO=abort"), 2400),
+    Stage("rdma", ("molecule", "SCENARIO=rdma"), 3600),
 )
 
 
