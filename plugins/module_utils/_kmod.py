@@ -239,7 +239,8 @@ def refusal(name: str, path: str, said: str, log: str, secure_boot: bool, signer
     :param signer: who signed the module, None when nobody did.
     """
     text = f"{said}\n{log}".lower()
-    unsigned = any(sign in text for sign in ("key was rejected", "required key not available", "lockdown", "module verification failed", "loading of unsigned module"))
+    signs = ("key was rejected", "required key not available", "lockdown", "module verification failed", "loading of unsigned module")
+    unsigned = any(sign in text for sign in signs)
     if unsigned or (secure_boot and "operation not permitted" in text):
         who = f"it is signed by '{signer}', whose key the kernel does not trust" if signer else "it is not signed"
         return (

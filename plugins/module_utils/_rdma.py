@@ -82,7 +82,7 @@ def same_link(found: list, name: str, kind: str, netdev: str) -> bool:
             raise RdmaError(f"there is already a device {name}, which is {what}, not {kind} on {netdev}; give another name, or remove it first", "name_clash")
     for device in on_netdev(found, netdev):
         if device["soft"] and device["driver"] == kind:
-            raise RdmaError(f"{netdev} already has a device of type {kind}, {device['name']}, and can have only one; name that one, or remove it first", "exists")
+            raise RdmaError(f"{netdev} already has the device {device['name']} of type {kind}, and can have only one; name that one, or remove it", "exists")
     return False
 
 
@@ -180,12 +180,13 @@ def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
     if stage in ("address", "route"):
         if not seen.get("devices"):
             return RdmaError(
-                f"{seen['local']}, the address towards {peer}, is on {seen['netdev'] or 'no interface that is known'}, which has no RDMA device; make one with hecaton.fleet.rdma_link",
-                "no_device")
+                f"{seen['local']}, the address towards {peer}, is on {seen['netdev'] or 'no interface that is known'}, which has no RDMA device; "
+                f"make one with hecaton.fleet.rdma_link", "no_device")
         if not seen.get("ping"):
             return RdmaError(f"{peer} does not answer on the network ({error}); check that it is up and that {seen['netdev']} leads to it", "no_route")
         return RdmaError(
-            f"{', '.join(seen['devices'])} can't reach {peer} ({error}); a GID of the device has to stand for {seen['local']}: see hecaton.fleet.rdma_info", "gid_mismatch")
+            f"{', '.join(seen['devices'])} can't reach {peer} ({error}); a GID of the device has to stand for {seen['local']}: "
+            f"see hecaton.fleet.rdma_info", "gid_mismatch")
     if stage == "connect":
         if "refused" in error.lower() or "rejected" in error.lower():
             return RdmaError(f"{peer} refuses connections to port {seen['port']} ({error}): nothing listens there with the same transport", "refused")
@@ -196,7 +197,8 @@ def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
             f"port, RoCE is UDP to port 4791), or the two hosts have different transports", "firewall")
     if stage in ("hello", "read") and seen.get("ping") and seen.get("big_ping") is False:
         return RdmaError(
-            f"small packets reach {peer} and those of {seen['mtu']} bytes, the MTU of {seen['netdev']}, don't: a smaller MTU is on the way or at the other end", "mtu_mismatch")
+            f"small packets reach {peer} and those of {seen['mtu']} bytes, the MTU of {seen['netdev']}, don't: a smaller MTU is on the way "
+            f"or at the other end", "mtu_mismatch")
     return RdmaError(f"the RDMA connection to {peer} broke while {'it was set up' if stage == 'hello' else 'memory was read'}: {error}", "broken")
 
 

@@ -230,7 +230,7 @@ class Kmod:
     def file(self) -> str:
         path = _kmod_host.find(self.name, _kmod_host.release())
         if path is None:
-            raise KmodError(f"there is no module {self.name} for the running kernel {_kmod_host.release()}; build it with hecaton.fleet.kmod_build, or install it")
+            raise KmodError(f"the running kernel {_kmod_host.release()} has no module {self.name}; build it with hecaton.fleet.kmod_build, or install it")
         if not path:
             raise KmodError(f"{self.name} is built into the kernel {_kmod_host.release()}, which doesn't show it as loaded; there is nothing to load")
         return path

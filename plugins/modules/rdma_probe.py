@@ -163,7 +163,6 @@ reason:
   sample: firewall
 """
 
-import glob
 import json
 import os
 import secrets
@@ -260,7 +259,9 @@ class RdmaProbe:
             raise _rdma.diagnose(err.stage, str(err), self.look_around(local)) from err
         mine, theirs = result["local"], result["remote"]
         if self.params["device"] and mine["device"] != self.params["device"]:
-            raise RdmaError(f"the way to {peer} leads through {mine['device']}, not {self.params['device']}; two devices on one interface are in each other's way", "wrong_device")
+            raise RdmaError(
+                f"the way to {peer} leads through {mine['device']}, not {self.params['device']}; two devices on one interface are in each other's way",
+                "wrong_device")
         problem = _rdma.mismatch(mine, theirs, peer)
         if problem:
             raise problem
@@ -332,9 +333,10 @@ def main():
         required_if=[("state", "probed", ["address"]), ("state", "listening", ["address"])],
         supports_check_mode=True,
     )
-    for option, least, most in (("port", 1, 65535), ("lifetime", 1, 86400), ("timeout", 1, 3600), ("length", 1, 1 << 26), ("reads", 1, 100000), ("read_size", 1, 1 << 26)):
-        if not least <= module.params[option] <= most:
-            module.fail_json(msg=f"{option} must be from {least} to {most}, not {module.params[option]}", reason="arguments")
+    largest = {"port": 65535, "lifetime": 86400, "timeout": 3600, "length": 1 << 26, "reads": 100000, "read_size": 1 << 26}
+    for option, most in largest.items():
+        if not 1 <= module.params[option] <= most:
+            module.fail_json(msg=f"{option} must be from 1 to {most}, not {module.params[option]}", reason="arguments")
     try:
         module.exit_json(**RdmaProbe(module).run())
     except RdmaError as err:

@@ -11,7 +11,9 @@ from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod
 VERMAGIC = "6.12.117+deb13-amd64 SMP preempt mod_unload modversions "
 
 
-@pytest.mark.parametrize("path", ["siw.o", "a/siw.ko", ".siw.o.cmd", "siw.mod.c", "Module.symvers", "modules.order", ".git/config", ".tmp_versions/x", "siw.c~"])
+@pytest.mark.parametrize("path", [
+    "siw.o", "a/siw.ko", ".siw.o.cmd", "siw.mod.c", "Module.symvers", "modules.order", ".git/config", ".tmp_versions/x", "siw.c~",
+])  # fmt: skip
 def test_what_a_build_leaves_behind_is_no_source(path):
     assert not _kmod.is_source(path)
 
@@ -63,7 +65,8 @@ def test_dkms_status_of_old_and_new_releases():
         "Deprecated feature: CLEAN\n"
     )
     assert _kmod.parse_dkms_status(text) == [
-        {"name": "siw", "version": "6.12.h0123", "kernel": "6.12.117+deb13-amd64", "state": "installed", "note": "WARNING! Diff between built and installed module!"},
+        {"name": "siw", "version": "6.12.h0123", "kernel": "6.12.117+deb13-amd64", "state": "installed",
+         "note": "WARNING! Diff between built and installed module!"},
         {"name": "siw", "version": "6.12.h4567", "kernel": None, "state": "added", "note": None},
         {"name": "nvidia-current", "version": "535.1", "kernel": "6.1.0-18-amd64", "state": "built", "note": None},
     ]
@@ -140,7 +143,7 @@ def test_ordinary_parameters_are_not():
 def test_secure_boot_is_named_with_what_to_do():
     text = _kmod.refusal("siw", "/m/siw.ko", "modprobe: ERROR: could not insert 'siw': Key was rejected by service", "", True, "me")
     assert all(word in text for word in ("Secure Boot", "signed by 'me'", "mokutil --import", "sign_key"))
-    text = _kmod.refusal("siw", "/m/siw.ko", "could not insert: Operation not permitted", "Lockdown: modprobe: unsigned module loading is restricted", True, None)
+    text = _kmod.refusal("siw", "/m/siw.ko", "could not insert: Operation not permitted", "Lockdown: unsigned module loading is restricted", True, None)
     assert "not signed" in text and "Secure Boot" in text
 
 
