@@ -402,6 +402,7 @@ class Lab:
                     "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder}/known_hosts -o IdentitiesOnly=yes -o LogLevel=ERROR",
                     "ansible_pipelining": True,
                     "ansible_timeout": 60,
+                    "rdma_netdev": "mig0",
                 },
             }
         }

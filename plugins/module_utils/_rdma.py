@@ -1,0 +1,230 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Private to this collection: it may change in any release.
+"""What is decided about RDMA devices: what one is, whether one can be made or removed, which transport a host takes.
+
+Pure functions over what the tools print. ``_rdma_host`` runs them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+#: Drivers of soft devices: the kernel module, and the protocol that their devices speak.
+SOFT = {"siw": ("siw", "iw"), "rxe": ("rdma_rxe", "roce")}
+
+#: Pages that one fast memory registration holds. The verbs of user space don't tell; read in the drivers of Linux 6.12.
+MR_PAGES = {"siw": 256, "rxe": 512}
+
+#: RDMA drivers of network cards by the driver of their network interface, and the module that has to be loaded for it.
+HARDWARE = {"mlx5_core": "mlx5_ib", "ice": "irdma", "i40e": "irdma", "cxgb4": "iw_cxgb4", "bnxt_en": "bnxt_re"}
+
+#: What has to be agreed on both ends, by protocol.
+TRANSPORTS = {"iw": "iwarp", "roce": "roce", "ib": "infiniband"}
+
+#: Objects that say that somebody uses a device, as ``rdma resource show`` names them.
+IN_USE = ("qp", "cm_id", "mr", "ctx")
+
+
+class RdmaError(Exception):
+    """Something that the operator can act on; the message says what. ``reason`` is a word for programs."""
+
+    def __init__(self, message: str, reason: str = "failed"):
+        super().__init__(message)
+        self.reason = reason
+
+
+# ---- devices
+
+
+def devices(listed: list, links: list, drivers: dict) -> list[dict]:
+    """Devices from ``rdma -d dev`` and ``rdma link``, each with its ports.
+
+    :param drivers: for a device with hardware behind it the name of its driver, ``{device: driver}``.
+    """
+    found = []
+    for row in listed:
+        name, protocol = row["ifname"], row.get("protocol", "")
+        driver = drivers.get(name) or next((soft for soft, (module, speaks) in SOFT.items() if speaks == protocol), None)
+        ports = [
+            {"port": link["port"], "state": link.get("state"), "physical_state": link.get("physical_state"), "netdev": link.get("netdev")}
+            for link in links if link["ifname"] == name and "port" in link
+        ]  # fmt: skip
+        found.append({
+            "name": name, "driver": driver, "soft": name not in drivers, "transport": TRANSPORTS.get(protocol),
+            "node_guid": row.get("node_guid"), "firmware": row.get("fw"), "ports": ports,
+        })  # fmt: skip
+    return found
+
+
+def default_name(kind: str, netdev: str) -> str:
+    return f"{kind}_{netdev}"
+
+
+def on_netdev(found: list, netdev: str) -> list[dict]:
+    """Devices that have a port on a network interface."""
+    return [device for device in found if any(port["netdev"] == netdev for port in device["ports"])]
+
+
+def same_link(found: list, name: str, kind: str, netdev: str) -> bool:
+    """Whether a soft device is there already, as it is wanted.
+
+    :param found: what :func:`devices` returns.
+    :raises RdmaError: another device is in its way.
+    """
+    for device in found:
+        where = ", ".join(port["netdev"] or "no interface" for port in device["ports"]) or "no interface"
+        if device["name"] == name:
+            if device["soft"] and device["driver"] == kind and any(port["netdev"] == netdev for port in device["ports"]):
+                return True
+            what = f"{device['driver']} on {where}" if device["soft"] else f"the hardware of the driver {device['driver']}"
+            raise RdmaError(f"there is already a device {name}, which is {what}, not {kind} on {netdev}; give another name, or remove it first", "name_clash")
+    for device in on_netdev(found, netdev):
+        if device["soft"] and device["driver"] == kind:
+            raise RdmaError(f"{netdev} already has the device {device['name']} of type {kind}, and can have only one; name that one, or remove it", "exists")
+    return False
+
+
+def netdev_problem(netdev: str, interfaces: dict) -> RdmaError | None:
+    """Why a device can't be made on a network interface.
+
+    :param interfaces: ``{name: {up, mtu}}`` of the host.
+    """
+    if netdev not in interfaces:
+        return RdmaError(f"there is no network interface {netdev} on this host; it has {', '.join(sorted(interfaces))}", "no_netdev")
+    if not interfaces[netdev]["up"]:
+        return RdmaError(f"the network interface {netdev} is down; bring it up first (ip link set {netdev} up)", "netdev_down")
+    return None
+
+
+def users(resources: dict, name: str) -> list[str]:
+    """Who uses a device, as words for people: ``2 qp of qemu-system-x86 (pid 4711)``.
+
+    :param resources: ``{kind: rows of rdma resource show}``.
+    """
+    counts: dict = {}
+    for kind in IN_USE:
+        for row in resources.get(kind, []):
+            if row.get("ifname") != name:
+                continue
+            who = str(row.get("comm", "")).strip("[]")
+            if who == "ib_core" and "pid" not in row:
+                continue  # the kernel's own, as long as the device is there
+            key = (kind, f"{who} (pid {row['pid']})" if "pid" in row else f"the kernel module {who}")
+            counts[key] = counts.get(key, 0) + 1
+    return [f"{count} {kind} of {who}" for (kind, who), count in sorted(counts.items())]
+
+
+# ---- which transport
+
+
+def choose(wanted: str, netdev: str, found: list, drivers: dict, source: str | None, kernel: str) -> dict:
+    """The transport that a network interface takes.
+
+    :param wanted: ``auto``, ``hw``, ``siw`` or ``rxe``.
+    :param found: what :func:`devices` returns.
+    :param drivers: ``{siw: loaded | available | missing, rxe: ...}``.
+    :param source: a source that siw can be built from, None without one.
+    :returns: ``transport``, ``why``, ``device`` (None until it is made) and ``build`` (what siw has to be built from, else None).
+    :raises RdmaError: there is none.
+    """
+    hardware = [device for device in on_netdev(found, netdev) if not device["soft"]]
+    refused = {}
+    if hardware:
+        device = hardware[0]
+        refused["hw"] = None
+    else:
+        real = [f"{device['name']} on {', '.join(port['netdev'] or '?' for port in device['ports'])}" for device in found if not device["soft"]]
+        refused["hw"] = f"{netdev} has no RDMA hardware" + (f", only {'; '.join(real)}" if real else "")
+    built = drivers["siw"] == "missing" and bool(source)
+    refused["siw"] = None if built or drivers["siw"] != "missing" else (
+        f"kernel {kernel} has no driver siw, and there is no source to build it from (Debian's package is linux-source-{series(kernel)})")
+    refused["rxe"] = None if drivers["rxe"] != "missing" else f"kernel {kernel} has no driver rdma_rxe"
+    order = ("hw", "siw", "rxe") if wanted == "auto" else (wanted,)
+    for transport in order:
+        if refused[transport]:
+            continue
+        passed = [refused[other] for other in order[:order.index(transport)]]
+        if transport == "hw":
+            why = f"{netdev} has the RDMA hardware {device['name']} ({device['driver']})"
+        elif transport == "siw" and built:
+            why = f"siw can be built from {source}"
+        else:
+            why = f"kernel {kernel} has the driver {SOFT[transport][0]}"
+        return {
+            "transport": transport, "why": "; ".join([*passed, why]) if wanted == "auto" else f"{transport} was asked for",
+            "device": device["name"] if transport == "hw" else None, "build": source if transport == "siw" and built else None,
+        }  # fmt: skip
+    raise RdmaError(f"no RDMA transport for {netdev}: {'; '.join(refused[transport] for transport in order)}", "no_transport")
+
+
+def series(kernel: str) -> str:
+    """``6.12`` of ``6.12.117+deb13-amd64``."""
+    found = re.match(r"\d+\.\d+", kernel)
+    return found.group(0) if found else kernel
+
+
+# ---- what a probe's failure means
+
+
+def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
+    """What kept one host from reaching another.
+
+    :param stage: how far it came: ``address``, ``route``, ``connect``, ``hello``, ``read``.
+    :param error: what the RDMA library said.
+    :param seen: ``peer``, ``port``, ``local`` (this host's address towards the peer), ``netdev``, ``devices`` (those on ``netdev``),
+        ``ping`` (whether the peer answers), ``big_ping`` (also to packets of the interface's size) and ``mtu``.
+    """
+    peer = seen["peer"]
+    if stage in ("address", "route"):
+        if not seen.get("devices"):
+            return RdmaError(
+                f"{seen['local']}, the address towards {peer}, is on {seen['netdev'] or 'no interface that is known'}, which has no RDMA device; "
+                f"make one with hecaton.fleet.rdma_link", "no_device")
+        if not seen.get("ping"):
+            return RdmaError(f"{peer} does not answer on the network ({error}); check that it is up and that {seen['netdev']} leads to it", "no_route")
+        return RdmaError(
+            f"{', '.join(seen['devices'])} can't reach {peer} ({error}); a GID of the device has to stand for {seen['local']}: "
+            f"see hecaton.fleet.rdma_info", "gid_mismatch")
+    if stage == "connect":
+        if "refused" in error.lower() or "rejected" in error.lower():
+            return RdmaError(f"{peer} refuses connections to port {seen['port']} ({error}): nothing listens there with the same transport", "refused")
+        if not seen.get("ping"):
+            return RdmaError(f"{peer} does not answer on the network ({error})", "no_route")
+        return RdmaError(
+            f"{peer} answers to ping but no RDMA connection to port {seen['port']} comes about ({error}): a firewall drops it (iWARP is TCP to that "
+            f"port, RoCE is UDP to port 4791), or the two hosts have different transports", "firewall")
+    if stage in ("hello", "read") and seen.get("ping") and seen.get("big_ping") is False:
+        return RdmaError(
+            f"small packets reach {peer} and those of {seen['mtu']} bytes, the MTU of {seen['netdev']}, don't: a smaller MTU is on the way "
+            f"or at the other end", "mtu_mismatch")
+    return RdmaError(f"the RDMA connection to {peer} broke while {'it was set up' if stage == 'hello' else 'memory was read'}: {error}", "broken")
+
+
+def mismatch(mine: dict, theirs: dict, peer: str) -> RdmaError | None:
+    """What two ends that are connected don't have alike. Each has ``transport``, ``mtu``, ``read_depth``, ``netdev``, ``device``."""
+    if mine["transport"] != theirs["transport"]:
+        return RdmaError(f"{mine['device']} speaks {mine['transport']} and {peer} speaks {theirs['transport']}", "transport_mismatch")
+    if mine["mtu"] != theirs["mtu"]:
+        return RdmaError(f"the MTU of {mine['netdev']} is {mine['mtu']} here and {theirs['mtu']} at {peer}; they have to be alike", "mtu_mismatch")
+    if not mine["read_depth"] or not theirs["read_depth"]:
+        where = mine["device"] + " here" if not mine["read_depth"] else f"{theirs['device']} at {peer}"
+        return RdmaError(f"{where} can't have an RDMA READ under way (its READ depth is 0)", "read_depth")
+    return None
+
+
+def percentile(values: list, share: float) -> float:
+    """The value below which a share of the values lies (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(round(len(ordered) * share, 6)) - 1)]
+
+
+def first_difference(got: bytes, expected: bytes) -> int | None:
+    """Where two buffers differ first; None when they are the same."""
+    if got == expected:
+        return None
+    for offset in range(min(len(got), len(expected))):
+        if got[offset] != expected[offset]:
+            return offset
+    return min(len(got), len(expected))

@@ -1,0 +1,366 @@
+#!/usr/bin/python
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: kmod_build
+short_description: Builds a kernel module from source
+version_added: 0.1.0
+description:
+  - Builds a kernel module for a kernel of the host and installs it there. It is not loaded; M(hecaton.fleet.kmod) does that.
+  - With DKMS, where the host has it, the module is built again for each kernel that is installed later. Otherwise the kernel's own
+    build system is used, and the task has to be run again after the host got another kernel.
+  - Builds only when the source, the way it is built or the kernel is another one than before.
+  - What was built is installed only if its vermagic and its symbol versions are those of the kernel. Until then, what was
+    installed before stays as it is.
+  - The record of what was built is kept in C(/var/lib/hecaton/kmod).
+author:
+  - The hecaton.fleet authors (@hecaton-fleet)
+extends_documentation_fragment:
+  - hecaton.fleet._attributes
+  - hecaton.fleet._attributes.actiongroup_fleet
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+options:
+  name:
+    description: Name of the module, and of its package in DKMS.
+    type: str
+    required: true
+  state:
+    description:
+      - V(present) builds and installs the module for O(kernel).
+      - V(absent) removes it for all kernels, with its source. A module that is loaded stays loaded.
+    type: str
+    choices: [present, absent]
+    default: present
+  src:
+    description:
+      - Folder or tar archive with the source, which has a C(Kbuild) file or a C(Makefile) that the kernel's build system understands.
+        Required if O(state=present).
+      - It is looked for on the control node, unless O(remote_src) is set.
+      - A C(dkms.conf) in it is used with DKMS. Its C(BUILD_EXCLUSIVE_KERNEL) says, with both ways, for which kernels the source is.
+    type: path
+  remote_src:
+    description: Whether O(src) is on the host already.
+    type: bool
+    default: false
+  src_path:
+    description:
+      - Folder in O(src) that is the source of the module. In an archive, it is looked for below any folder.
+      - An archive of a whole kernel is read only when it is another file than the last time.
+    type: str
+  exclude:
+    description: Files and folders in O(src) that are no part of it, as patterns of the shell. What builds leave behind is left out anyway.
+    type: list
+    elements: str
+    default: []
+  version:
+    description: Version of the source. By default that of its C(dkms.conf), or V(0) without one. A hash of the source is appended to it.
+    type: str
+  kernel:
+    description: Release of the kernel to build for. By default the one that runs.
+    type: str
+  kernels:
+    description: Extended regular expression for the releases of the kernels that the source is for. Others are refused.
+    type: str
+  modules:
+    description: Names of the modules that the build makes. By default O(name).
+    type: list
+    elements: str
+  make_args:
+    description: Arguments for C(make), such as V(CONFIG_RDMA_SIW=m). Not used with a C(dkms.conf) of the source's own and DKMS.
+    type: list
+    elements: str
+    default: []
+  method:
+    description: How to build. V(auto) takes DKMS if the host has it, else the kernel's build system.
+    type: str
+    choices: [auto, dkms, kbuild]
+    default: auto
+  sign_key:
+    description:
+      - Private key, a file on the host, that the module is signed with for Secure Boot. Without it, DKMS signs with the key of its own.
+      - With DKMS this is written to C(/etc/dkms/framework.conf.d), and DKMS then signs everything that it builds on the host with it.
+    type: path
+  sign_cert:
+    description: Certificate of O(sign_key), a file on the host, which its firmware has to know.
+    type: path
+seealso:
+  - module: hecaton.fleet.kmod
+"""
+
+EXAMPLES = r"""
+- name: Build a module whose source is beside the playbook
+  hecaton.fleet.kmod_build:
+    name: example
+    src: files/example
+
+- name: Build soft-iWARP from the distribution's kernel source, for the kernels of that series
+  hecaton.fleet.kmod_build:
+    name: siw
+    src: /usr/src/linux-source-6.12.tar.xz
+    src_path: drivers/infiniband/sw/siw
+    remote_src: true
+    version: "6.12"
+    kernels: "^6\\.12\\."
+    make_args: [CONFIG_RDMA_SIW=m]
+
+- name: Build a module that a host with Secure Boot takes
+  hecaton.fleet.kmod_build:
+    name: example
+    src: files/example
+    sign_key: /var/lib/shim-signed/mok/MOK.priv
+    sign_cert: /var/lib/shim-signed/mok/MOK.der
+
+- name: Remove it from all kernels
+  hecaton.fleet.kmod_build:
+    name: example
+    state: absent
+"""
+
+RETURN = r"""
+kernel:
+  description: Release of the kernel that the module is for.
+  returned: O(state=present)
+  type: str
+  sample: 6.12.117+deb13-amd64
+method:
+  description: How it was built, V(dkms) or V(kbuild).
+  returned: O(state=present)
+  type: str
+  sample: dkms
+version:
+  description: Version of the source and a hash of it.
+  returned: O(state=present)
+  type: str
+  sample: 6.12.h0c9f1e2d3a4b
+modules:
+  description: What is installed.
+  returned: O(state=present) and not in check mode, unless nothing would change
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: Name of the module.
+      type: str
+    path:
+      description: Its file.
+      type: str
+    vermagic:
+      description: What it says about the kernel that it is for.
+      type: str
+    signer:
+      description: Who signed it, null if nobody did.
+      type: str
+    symbols:
+      description: How many symbols of the kernel it uses whose version was compared with the headers of the kernel.
+      type: int
+    confirmed:
+      description: For how many of them modules that the kernel has were built with, or export, the same version.
+      type: int
+  sample:
+    - name: siw
+      path: /lib/modules/6.12.117+deb13-amd64/updates/dkms/siw.ko.xz
+      vermagic: "6.12.117+deb13-amd64 SMP preempt mod_unload modversions "
+      signer: DKMS module signing key
+      symbols: 133
+      confirmed: 128
+log:
+  description: The end of what the compiler wrote.
+  returned: when the build failed
+  type: str
+  sample: "example.c:7:1: error: expected ';'"
+"""
+
+import json
+import os
+import shutil
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod, _kmod_build, _kmod_host
+from ansible_collections.hecaton.fleet.plugins.module_utils._kmod_host import KmodError
+
+RECORDS = "/var/lib/hecaton/kmod"
+
+
+class KmodBuild:
+    def __init__(self, module: AnsibleModule):
+        self.module = module
+        self.params = module.params
+        self.name: str = module.params["name"]
+        self.kernel: str = module.params["kernel"] or _kmod_host.release()
+        self.record_path = os.path.join(RECORDS, f"{self.name}.json")
+
+    def run(self) -> dict:
+        return self.absent() if self.params["state"] == "absent" else self.present()
+
+    # ---- state: absent
+
+    def absent(self) -> dict:
+        builders = [_kmod_build.Kbuild(self.wanted("0"))]
+        if self.has_dkms():
+            builders.append(_kmod_build.Dkms(self.wanted("0")))
+        before = [line for builder in builders for line in builder.present()]
+        recorded = os.path.exists(self.record_path)
+        if not self.module.check_mode:
+            for builder in builders:
+                if builder.present():
+                    builder.remove()
+            if recorded:
+                os.unlink(self.record_path)
+                if not os.listdir(RECORDS):
+                    os.rmdir(RECORDS)
+        return {"changed": bool(before) or recorded, "diff": {"before": "".join(f"{line}\n" for line in before), "after": ""}}
+
+    # ---- state: present
+
+    def present(self) -> dict:
+        self.check_keys()
+        record = self.record()
+        stamp = self.stamp()
+        files = None
+        if stamp and record.get("archive") == stamp:
+            source, version = record["source"], record["version"]
+        else:
+            files = _kmod_build.read_source(self.params["src"], self.params["src_path"], self.params["exclude"])
+            source, version = self.identify(files)
+        builder = self.builder(version)
+        result = {"kernel": self.kernel, "method": builder.method, "version": _kmod.dkms_version(version, source)}
+        found = builder.installed(source, self.kernel)
+        facts = record.get("kernels", {}).get(self.kernel, {}).get(result["version"])
+        if found and facts and [each["path"] for each in facts] == list(found.values()) and record.get("method") == builder.method:
+            return {"changed": False, "modules": facts, "diff": {"before": self.shown(result), "after": self.shown(result)}, **result}
+        before = record.get("kernels", {}).get(self.kernel, {})
+        diff = {"before": "".join(f"{self.name} {each}, kernel {self.kernel}\n" for each in before), "after": self.shown(result)}
+        _kmod_host.headers(self.kernel)
+        if self.module.check_mode:
+            return {"changed": True, "diff": diff, **result}
+        if files is None:
+            files = _kmod_build.read_source(self.params["src"], self.params["src_path"], self.params["exclude"])
+        facts = self.build(builder, files, source)
+        kernels = {kernel: versions for kernel, versions in record.get("kernels", {}).items() if kernel != self.kernel and result["version"] in versions}
+        self.save({"archive": stamp, "source": source, "version": version, "method": builder.method,
+                   "kernels": {**kernels, self.kernel: {result["version"]: facts}}})  # fmt: skip
+        return {"changed": True, "modules": facts, "diff": diff, **result}
+
+    def build(self, builder: _kmod_build.Builder, files: dict, source: str) -> list[dict]:
+        try:
+            built = builder.build(files, source, self.kernel)
+            checks = {name: _kmod_host.check(path, self.kernel, name) for name, path in built.items()}
+        except BaseException:
+            # What was in place before stays in place.
+            builder.forget(source, self.kernel)
+            raise
+        for warning in builder.install(built, source, self.kernel):
+            self.module.warn(warning)
+        other = _kmod_build.Dkms if builder.method == "kbuild" else _kmod_build.Kbuild
+        if other is _kmod_build.Kbuild or self.has_dkms():
+            left = other(self.wanted("0"))
+            if left.present():
+                left.remove()  # built the other way before
+        found = builder.installed(source, self.kernel)
+        if not found:
+            where = {name: _kmod_host.find(name, self.kernel) for name in built}
+            raise KmodError(f"{self.name} was built and installed, but modprobe would take another file: {where}; remove what is in its way")
+        return [{"name": name, "path": path, "signer": _kmod_host.info(path, "signer") or None, **checks[name]} for name, path in found.items()]
+
+    def identify(self, files: dict) -> tuple[str, str]:
+        """The hash and the version of a source."""
+        conf = files.get("dkms.conf", (False, b""))[1].decode(errors="replace")
+        version = self.params["version"] or _kmod.dkms_setting(conf, "PACKAGE_VERSION") or "0"
+        named = _kmod.dkms_setting(conf, "PACKAGE_NAME")
+        if named and named != self.name:
+            raise KmodError(f"the dkms.conf in {self.params['src']} is that of {named}, not of {self.name}")
+        recipe = {key: self.params[key] for key in ("make_args", "kernels", "modules", "sign_key", "sign_cert")}
+        return _kmod.source_hash(files, {**recipe, "version": version}), version
+
+    def stamp(self) -> list | None:
+        """By what an archive on the host is known again without reading it."""
+        src = self.params["src"]
+        if not self.params["remote_src"] or not os.path.isfile(src):
+            return None
+        found = os.stat(src)
+        settings = [self.params[key] for key in ("src_path", "exclude", "version", "make_args", "kernels", "modules", "sign_key", "sign_cert")]
+        return [src, found.st_size, found.st_mtime_ns, *settings]
+
+    def check_keys(self) -> None:
+        for option in ("sign_key", "sign_cert"):
+            path = self.params[option]
+            if path and not os.path.isfile(path):
+                raise KmodError(f"{option} {path} is not a file on this host")
+
+    @staticmethod
+    def has_dkms() -> bool:
+        return bool(shutil.which("dkms", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin"))
+
+    def builder(self, version: str) -> _kmod_build.Builder:
+        method = self.params["method"]
+        if method == "dkms" and not self.has_dkms():
+            raise KmodError("dkms is not installed on this host; install the package dkms, or let method be kbuild")
+        if method == "auto":
+            method = "dkms" if self.has_dkms() else "kbuild"
+        return (_kmod_build.Dkms if method == "dkms" else _kmod_build.Kbuild)(self.wanted(version))
+
+    def wanted(self, version: str) -> dict:
+        wanted = {key: self.params[key] for key in ("name", "make_args", "kernels", "sign_key", "sign_cert")}
+        return {**wanted, "version": version, "modules": self.params["modules"] or [self.name]}
+
+    def shown(self, result: dict) -> str:
+        return f"{self.name} {result['version']}, kernel {self.kernel}\n"
+
+    # ---- the record
+
+    def record(self) -> dict:
+        try:
+            return json.loads(_kmod_host.read_text(self.record_path) or "{}")
+        except ValueError:
+            return {}  # damaged: built anew
+
+    def save(self, record: dict) -> None:
+        os.makedirs(RECORDS, mode=0o755, exist_ok=True)
+        temporary = f"{self.record_path}.new"
+        with open(temporary, "w") as out:
+            json.dump(record, out, indent=1)
+        os.replace(temporary, self.record_path)
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "src": {"type": "path"},
+            "remote_src": {"type": "bool", "default": False},
+            "src_path": {"type": "str"},
+            "exclude": {"type": "list", "elements": "str", "default": []},
+            "version": {"type": "str"},
+            "kernel": {"type": "str"},
+            "kernels": {"type": "str"},
+            "modules": {"type": "list", "elements": "str"},
+            "make_args": {"type": "list", "elements": "str", "default": []},
+            "method": {"type": "str", "choices": ["auto", "dkms", "kbuild"], "default": "auto"},
+            "sign_key": {"type": "path", "no_log": False},
+            "sign_cert": {"type": "path"},
+        },
+        required_if=[("state", "present", ["src"])],
+        required_together=[("sign_key", "sign_cert")],
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(**KmodBuild(module).run())
+    except _kmod_build.BuildError as err:
+        module.fail_json(msg=str(err), log=err.log)
+    except (KmodError, OSError) as err:
+        module.fail_json(msg=str(err))
+
+
+if __name__ == "__main__":
+    main()

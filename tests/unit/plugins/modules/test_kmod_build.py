@@ -1,0 +1,211 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The module kmod_build with Kbuild, on a made-up /lib/modules, with tools that only play: real ones are used in the lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+
+import pytest
+from ansible.module_utils import basic
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.hecaton.fleet.plugins.action.kmod_build import pack
+from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod_build, _kmod_host
+from ansible_collections.hecaton.fleet.plugins.modules import kmod_build
+
+KERNEL = "6.12.1-test"
+
+# The compiler makes a module of the text of its source; the source says what its symbols are.
+TOOLS = {
+    "make": """
+for word; do case $word in M=*) cd "${word#M=}" ;; esac; done
+echo "  CC [M]  example.o"
+if grep -q broken example.c; then echo "example.c:1: error: broken" >&2; exit 2; fi
+cp example.c example.ko; echo build >> "$PLAY/log"
+""",
+    "strip": "exit 0",
+    "depmod": "exit 0",
+    "modinfo": """
+test "$2" != filename || exit 1
+case "$2" in vermagic) grep -q other "$3" && echo "6.12.0-other SMP modversions" || echo "6.12.1-test SMP modversions" ;; esac
+""",
+    "modprobe": """
+case "$2" in */updates/*|*/example.ko) grep -q stale "$2" && printf '0x02\\tkfree\\n' || printf '0x01\\tkfree\\n' ;; *) printf '0x01\\tkfree\\n' ;; esac
+""",
+}
+
+
+class Ended(Exception):
+    def __init__(self, result):
+        super().__init__(result.get("msg"))
+        self.result = result
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    for name, text in TOOLS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}")
+        path.chmod(0o755)
+    headers = tmp_path / "lib" / KERNEL / "build"
+    headers.mkdir(parents=True)
+    (headers / "Makefile").touch()
+    (headers / "Module.symvers").write_text("0x00000001\tkfree\tvmlinux\tEXPORT_SYMBOL\t\n")
+    (tmp_path / "lib" / KERNEL / "modules.dep").write_text("kernel/fs/ext4.ko:\n")
+    (tmp_path / "lib" / KERNEL / "modules.order").touch()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "Kbuild").write_text("obj-m := example.o\n")
+    (source / "example.c").write_text("one\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("PLAY", str(tmp_path))
+    for module in (_kmod_host, _kmod_build):
+        monkeypatch.setattr(module, "MODULES", str(tmp_path / "lib"))
+    monkeypatch.setattr(_kmod_host, "SYSFS", str(tmp_path / "sys"))
+    monkeypatch.setattr(kmod_build, "RECORDS", str(tmp_path / "records"))
+    # These machines may have DKMS or not; what it does is tested with the real one.
+    monkeypatch.setattr(kmod_build.KmodBuild, "has_dkms", staticmethod(lambda: False))
+    return tmp_path
+
+
+@pytest.fixture
+def run(host, monkeypatch):
+    def end(failed):
+        def ended(self, **result):
+            raise Ended(dict(result, failed=failed))
+
+        return ended
+
+    monkeypatch.setattr(basic.AnsibleModule, "exit_json", end(False))
+    monkeypatch.setattr(basic.AnsibleModule, "fail_json", end(True))
+
+    def runner(**args):
+        given = {"name": "example", "kernel": KERNEL, "src": str(host / "source"), **args}
+        with patch_module_args(given), pytest.raises(Ended) as ended:
+            kmod_build.main()
+        return ended.value.result
+
+    return runner
+
+
+def builds(host):
+    log = host / "log"
+    return log.read_text().count("build") if log.exists() else 0
+
+
+def test_it_builds_once_for_a_source(run, host):
+    first = run()
+    assert first["changed"] and first["method"] == "kbuild"
+    (module,) = first["modules"]
+    assert (module["symbols"], module["confirmed"]) == (1, 0)
+    assert open(module["path"]).read() == "one\n"
+    again = run()
+    assert not again["changed"] and again["modules"] == first["modules"] and builds(host) == 1
+    (host / "source" / "example.o").touch()  # what a build leaves behind is no change
+    assert not run()["changed"]
+
+
+@pytest.mark.parametrize("what", ["source", "arguments", "installed", "record"])
+def test_it_builds_again_when_something_is_another(run, host, what):
+    path = run()["modules"][0]["path"]
+    if what == "source":
+        (host / "source" / "example.c").write_text("two\n")
+    elif what == "installed":
+        open(path, "w").write("somebody else's\n")
+    elif what == "record":
+        (host / "records" / "example.json").write_text("{")
+    result = run(make_args=["A=m"] if what == "arguments" else [])
+    assert result["changed"] and builds(host) == 2
+    assert not run(make_args=["A=m"] if what == "arguments" else [])["changed"]
+
+
+def test_check_mode_builds_nothing_and_shows_what_would_change(run, host):
+    result = run(_ansible_check_mode=True)
+    assert result["changed"] and builds(host) == 0 and not (host / "records").exists()
+    version = run()["version"]
+    (host / "source" / "example.c").write_text("two\n")
+    diff = run(_ansible_check_mode=True)["diff"]
+    assert version in diff["before"] and version not in diff["after"]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("broken\n", "could not be built"), ("stale\n", "other versions of symbols"), ("other\n", "is built for '6.12.0-other"),
+])  # fmt: skip
+def test_what_fails_or_does_not_fit_leaves_the_build_before_in_place(run, host, text, said):
+    path = run()["modules"][0]["path"]
+    (host / "source" / "example.c").write_text(text)
+    result = run()
+    assert result["failed"] and said in result["msg"]
+    assert ("error: broken" in result.get("log", "")) == (text == "broken\n")
+    assert open(path).read() == "one\n"
+    (host / "source" / "example.c").write_text("one\n")
+    assert not run()["changed"]
+
+
+def test_absent_leaves_nothing(run, host):
+    before = sorted(str(path) for path in (host / "lib").rglob("*"))
+    run()
+    assert run(state="absent")["changed"]
+    assert sorted(str(path) for path in (host / "lib").rglob("*")) == before
+    assert not (host / "records").exists()
+    assert not run(state="absent")["changed"]
+
+
+def test_missing_headers_say_which_package(run, host):
+    (host / "lib" / KERNEL / "build" / "Makefile").unlink()
+    assert f"linux-headers-{KERNEL}" in run()["msg"] or f"kernel-devel-{KERNEL}" in run()["msg"]
+    assert "is not installed" in run(kernel="9.9")["msg"]
+
+
+def test_headers_of_another_kernel_are_refused(run, host):
+    (host / "lib" / KERNEL / "build" / "include" / "config").mkdir(parents=True)
+    (host / "lib" / KERNEL / "build" / "include" / "config" / "kernel.release").write_text("6.12.0-other\n")
+    assert "those of kernel 6.12.0-other" in run()["msg"]
+
+
+def test_a_kernel_that_the_source_is_not_for(run, host):
+    assert "it is for kernels that match ^6[.]13" in run(kernels="^6[.]13")["msg"]
+    (host / "source" / "dkms.conf").write_text('PACKAGE_NAME="example"\nPACKAGE_VERSION="2.1"\nBUILD_EXCLUSIVE_KERNEL="^7"\n')
+    assert "example 2.1 can't be built for kernel" in run()["msg"]
+
+
+def test_no_source(run, host):
+    assert "there is no /nowhere" in run(src="/nowhere")["msg"]
+    (host / "source" / "Kbuild").unlink()
+    assert "neither a Kbuild file nor a Makefile" in run()["msg"]
+
+
+def test_a_folder_in_an_archive_is_the_same_source(run, host):
+    archive = host / "linux.tar.xz"
+    with tarfile.open(archive, "w:xz") as out:
+        out.add(host / "source", "linux-6.12/drivers/example")
+        out.add(host / "source" / "example.c", "linux-6.12/fs/example.c")
+    version = run()["version"]
+    result = run(src=str(archive), src_path="drivers/example", remote_src=True)
+    assert result["version"] == version
+    record = json.loads((host / "records" / "example.json").read_text())
+    assert record["source"].startswith(version.split(".h")[1])
+    assert "has no files" in run(src=str(archive), src_path="drivers/none", remote_src=True)["msg"]
+    assert "can't be read as an archive" in run(src=str(host / "source" / "Kbuild"), remote_src=True)["msg"]
+
+
+def test_an_archive_that_is_known_is_not_read_again(run, host, monkeypatch):
+    archive = host / "linux.tar.xz"
+    with tarfile.open(archive, "w:xz") as out:
+        out.add(host / "source", "linux-6.12/drivers/example")
+    args = {"src": str(archive), "src_path": "drivers/example", "remote_src": True}
+    run(**args)
+    monkeypatch.setattr(_kmod_build, "read_source", None)
+    assert not run(**args)["changed"]
+
+
+def test_the_archive_that_is_sent_holds_the_source_alone(host):
+    (host / "source" / "tests").mkdir()
+    (host / "source" / "tests" / "a.c").touch()
+    (host / "source" / "example.ko").touch()
+    (host / "sent.tar").write_bytes(pack(str(host / "source"), ["tests"]))
+    with tarfile.open(host / "sent.tar") as archive:
+        assert archive.getnames() == ["Kbuild", "example.c"]
