@@ -318,25 +318,15 @@ static bool rram_get_key(struct rram_session *s, unsigned long index,
 }
 
 /* Starts the READ of a page whose bit the caller has taken. */
-static int rram_demand_taken(struct rram_session *s, unsigned long index)
+static int rram_demand_taken(struct rram_session *s, unsigned long index,
+			     struct rram_fetch *r, const struct rram_key *key)
 {
-	struct rram_fetch *r;
 	struct folio *folio;
-	struct rram_key key;
 	int err;
 
-	if (!s->linked || READ_ONCE(s->broken))
-		return -ENOTCONN;
-	if (!rram_get_key(s, index, &key))
-		return -EAGAIN;
-	r = rram_fetch_get(s, false);
-	if (!r)
-		return -EBUSY;
 	folio = rram_grab(s->f, index);
-	if (IS_ERR(folio)) {
-		rram_fetch_put(r);
+	if (IS_ERR(folio))
 		return PTR_ERR(folio) == -EINTR ? -EINTR : -ENOMEM;
-	}
 	r->first = index;
 	r->nr = 1;
 	r->cause = RRAM_CAUSE_DEMAND;
@@ -345,13 +335,12 @@ static int rram_demand_taken(struct rram_session *s, unsigned long index)
 	atomic_inc(&s->dst->demand);
 	if (unlikely(rram_inject_delay_us))
 		fsleep(rram_inject_delay_us);
-	err = rram_post_read(s, r, &key);
+	err = rram_post_read(s, r, key);
 	if (!err)
 		return 0;
 	atomic_dec(&s->dst->demand);
 	folio_unlock(folio);
 	folio_put(folio);
-	rram_fetch_put(r);
 	return err;
 }
 
@@ -367,31 +356,53 @@ static int rram_demand_taken(struct rram_session *s, unsigned long index)
 int rram_demand(struct rram_session *s, unsigned long index)
 {
 	struct rram_file *f = s->f;
+	struct rram_fetch *r;
+	struct rram_key key;
 	bool ahead;
-	int err = 0;
+	int err;
 
 	if (!test_bit_acquire(index, f->missing))
 		return 0;
-	/* While the final set is applied nothing new may be on its way. */
 	ahead = READ_ONCE(f->phase) == RRAM_PHASE_AHEAD;
 	if (ahead)
 		down_read(&f->stale);
 	down_read(&s->linksem);
+	/*
+	 * All that may be in the way is looked at before the bit is taken:
+	 * giving it back wakes those who wait for the page, and the caller is
+	 * one of them.
+	 */
+	err = -ENOTCONN;
+	if (!s->linked || READ_ONCE(s->broken))
+		goto up;
+	/* What is READ by a key that is about to be void would be stale. */
+	err = -EAGAIN;
+	if (s->dst->freezing && !rram_switched(READ_ONCE(s->state)))
+		goto up;
+	if (!rram_get_key(s, index, &key))
+		goto up;
+	err = -EINPROGRESS;
+	if (test_bit(index, f->inflight))
+		goto up;
+	err = -EBUSY;
+	r = rram_fetch_get(s, false);
+	if (!r)
+		goto up;
 	if (test_and_set_bit_lock(index, f->inflight)) {
+		rram_fetch_put(r);
 		err = -EINPROGRESS;
 		goto up;
 	}
-	if (test_bit(index, f->missing))
-		err = rram_demand_taken(s, index);
-	else
-		err = -EALREADY;
-	if (err) {
-		rram_untake(f, index);
-		if (err == -EALREADY)
-			err = 0;
-	} else {
-		err = -EIOCBQUEUED;
+	err = 0;
+	if (test_bit(index, f->missing)) {
+		err = rram_demand_taken(s, index, r, &key);
+		if (!err) {
+			err = -EIOCBQUEUED;
+			goto up;
+		}
 	}
+	rram_untake(f, index);
+	rram_fetch_put(r);
 up:
 	up_read(&s->linksem);
 	if (ahead)
