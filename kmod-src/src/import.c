@@ -953,8 +953,18 @@ static void rram_pull_step(struct rram_session *s)
 		run = rram_order_next(&dst->order, f->missing, f->inflight,
 				      f->heat, max, &bubble);
 		spin_unlock(&dst->order_lock);
-		if (rram_order_idle(&dst->order, run))
+		if (rram_order_idle(&dst->order, run)) {
+			/*
+			 * Passed by, and not arrived: taken by somebody who
+			 * gave it up, or lost with a connection.
+			 */
+			if (!atomic_read(&dst->active)) {
+				spin_lock(&dst->order_lock);
+				rram_order_failed(&dst->order, 0);
+				spin_unlock(&dst->order_lock);
+			}
 			return;
+		}
 		if (!run.nr)
 			continue;
 		if (rram_pull(s, run.first, run.nr, bubble ?
