@@ -377,7 +377,7 @@ int rram_demand(struct rram_session *s, unsigned long index)
 		goto up;
 	/* What is READ by a key that is about to be void would be stale. */
 	err = -EAGAIN;
-	if (s->dst->freezing && !rram_switched(READ_ONCE(s->state)))
+	if (READ_ONCE(s->dst->freezing) && !rram_switched(READ_ONCE(s->state)))
 		goto up;
 	if (!rram_get_key(s, index, &key))
 		goto up;
@@ -489,6 +489,16 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 	return err;
 }
 
+/*
+ * The thread waits for READs to end, its own or those of others. Nobody else
+ * notices that the peer is gone meanwhile, or that the session is to end.
+ */
+static void rram_patience(struct rram_session *s)
+{
+	if (READ_ONCE(s->aborted) || !rram_check_link(s))
+		rram_break(s);
+}
+
 /* -- Before the switch ---------------------------------------------------- */
 
 /* These pages are zero at the source. */
@@ -500,8 +510,10 @@ static int rram_take_zero(struct rram_session *s, unsigned long first,
 
 	for (i = first; i < first + nr; i++) {
 		/* A READ by a fault may be on its way. */
-		wait_event(f->wait[i % RRAM_WAITS],
-			   !test_and_set_bit_lock(i, f->inflight));
+		while (!wait_event_timeout(f->wait[i % RRAM_WAITS],
+					   !test_and_set_bit_lock(i, f->inflight),
+					   RRAM_TICK))
+			rram_patience(s);
 	}
 	/* A hole reads as zeroes and takes no memory. */
 	shmem_truncate_range(rram_inner(f), (loff_t)first << PAGE_SHIFT,
@@ -657,8 +669,9 @@ static bool rram_offered(struct rram_session *s, struct rram_buf *b)
 /* Waits until no READ is under way. */
 static void rram_quiesce(struct rram_session *s)
 {
-	/* Completions always come: at the latest when the link is broken. */
-	wait_event(s->wake, !atomic_read(&s->dst->active));
+	while (!wait_event_timeout(s->wake, !atomic_read(&s->dst->active),
+				   RRAM_TICK))
+		rram_patience(s);
 	atomic_set(&s->poke, 1);
 }
 
@@ -673,12 +686,18 @@ static void rram_dest_freeze(struct rram_session *s)
 	struct rram_file *f = s->f;
 
 	dst->switch_begun = ktime_get();
-	down_write(&f->stale);
 	rram_drop_offers(s);
+	WRITE_ONCE(dst->freezing, true);
+	/*
+	 * A fault may hold the semaphore and wait for a folio that is being
+	 * READ. So those READs have to end first.
+	 */
 	rram_quiesce(s);
-	dst->freezing = true;
-	rram_confirm(s);
+	/* Who has not seen that nothing more may be READ holds it too. */
+	down_write(&f->stale);
 	up_write(&f->stale);
+	rram_quiesce(s);
+	rram_confirm(s);
 }
 
 /*
