@@ -1139,6 +1139,8 @@ int rram_source_new(struct rram_session *s)
 	    !src->lacks || !src->hot)
 		return -ENOMEM;
 	memset(s->f->heat, 0, s->f->npages);
+	/* What a destination of before lacked is nobody's business now. */
+	bitmap_zero(s->f->missing, s->f->npages);
 	atomic64_set(&s->f->late_writes, 0);
 	return 0;
 }
