@@ -200,7 +200,13 @@ static inline void rram_write_protect(struct address_space *mapping,
 				      pgoff_t first, pgoff_t nr)
 {
 #ifdef CONFIG_MAPPING_DIRTY_HELPERS
+	unsigned long seen[BITS_TO_LONGS(256)] = {};
+	pgoff_t start = 0, end = 0;
+
+	/* No more than a chunk. What is clean needs no second look later on. */
 	wp_shared_mapping_range(mapping, first, nr);
+	clean_record_shared_mapping_range(mapping, first, nr, first, seen,
+					  &start, &end);
 #else
 	/* Losing an entry is as good: the next write faults. */
 	unmap_mapping_pages(mapping, first, nr, false);

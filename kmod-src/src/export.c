@@ -206,7 +206,9 @@ static int rram_register(struct rram_session *s, unsigned long index)
 	if (c && !c->stale)
 		return 0;
 	if (c) {
-		if (src->nr_retired >= RRAM_RETIRED_SHARE * src->nr_chunks)
+		/* After the switch each chunk is renewed once at most. */
+		if (src->swtch != RRAM_SWITCH_DONE &&
+		    src->nr_retired >= RRAM_RETIRED_SHARE * src->nr_chunks)
 			return -ENOSPC;
 		list_add_tail(&c->list, &src->retired);
 		src->nr_retired++;
@@ -410,6 +412,9 @@ static bool rram_offer_chunk(struct rram_session *s, unsigned long first,
 	if (err) {
 		/* Nothing was promised: they are dirty as before. */
 		rram_give_back(s, o);
+		/* Its holes change too often: it goes after the switch. */
+		if (err == -ENOSPC)
+			return true;
 		rram_fail(s, err == -ENOMEM ? RRAM_REASON_NO_MEMORY :
 					      RRAM_REASON_DEVICE);
 		return false;
@@ -1139,6 +1144,8 @@ int rram_source_new(struct rram_session *s)
 	    !src->lacks || !src->hot)
 		return -ENOMEM;
 	memset(s->f->heat, 0, s->f->npages);
+	/* What a destination of before lacked is nobody's business now. */
+	bitmap_zero(s->f->missing, s->f->npages);
 	atomic64_set(&s->f->late_writes, 0);
 	return 0;
 }

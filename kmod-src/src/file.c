@@ -333,9 +333,8 @@ static vm_fault_t rram_page_mkwrite(struct vm_fault *vmf)
 		goto again;
 	/*
 	 * Under the folio's lock, which is kept until the page is writable: a
-	 * harvest takes the bit, then protects, then waits for this lock, then
-	 * protects again. So either it sees the bit, or its second pass sees
-	 * the writable entry.
+	 * harvest takes the bit, then this lock, and with it takes write access
+	 * away.
 	 */
 	if (READ_ONCE(f->tracking)) {
 		if (folio_test_large(folio)) {

@@ -318,25 +318,15 @@ static bool rram_get_key(struct rram_session *s, unsigned long index,
 }
 
 /* Starts the READ of a page whose bit the caller has taken. */
-static int rram_demand_taken(struct rram_session *s, unsigned long index)
+static int rram_demand_taken(struct rram_session *s, unsigned long index,
+			     struct rram_fetch *r, const struct rram_key *key)
 {
-	struct rram_fetch *r;
 	struct folio *folio;
-	struct rram_key key;
 	int err;
 
-	if (!s->linked || READ_ONCE(s->broken))
-		return -ENOTCONN;
-	if (!rram_get_key(s, index, &key))
-		return -EAGAIN;
-	r = rram_fetch_get(s, false);
-	if (!r)
-		return -EBUSY;
 	folio = rram_grab(s->f, index);
-	if (IS_ERR(folio)) {
-		rram_fetch_put(r);
+	if (IS_ERR(folio))
 		return PTR_ERR(folio) == -EINTR ? -EINTR : -ENOMEM;
-	}
 	r->first = index;
 	r->nr = 1;
 	r->cause = RRAM_CAUSE_DEMAND;
@@ -345,13 +335,12 @@ static int rram_demand_taken(struct rram_session *s, unsigned long index)
 	atomic_inc(&s->dst->demand);
 	if (unlikely(rram_inject_delay_us))
 		fsleep(rram_inject_delay_us);
-	err = rram_post_read(s, r, &key);
+	err = rram_post_read(s, r, key);
 	if (!err)
 		return 0;
 	atomic_dec(&s->dst->demand);
 	folio_unlock(folio);
 	folio_put(folio);
-	rram_fetch_put(r);
 	return err;
 }
 
@@ -367,31 +356,53 @@ static int rram_demand_taken(struct rram_session *s, unsigned long index)
 int rram_demand(struct rram_session *s, unsigned long index)
 {
 	struct rram_file *f = s->f;
+	struct rram_fetch *r;
+	struct rram_key key;
 	bool ahead;
-	int err = 0;
+	int err;
 
 	if (!test_bit_acquire(index, f->missing))
 		return 0;
-	/* While the final set is applied nothing new may be on its way. */
 	ahead = READ_ONCE(f->phase) == RRAM_PHASE_AHEAD;
 	if (ahead)
 		down_read(&f->stale);
 	down_read(&s->linksem);
+	/*
+	 * All that may be in the way is looked at before the bit is taken:
+	 * giving it back wakes those who wait for the page, and the caller is
+	 * one of them.
+	 */
+	err = -ENOTCONN;
+	if (!s->linked || READ_ONCE(s->broken))
+		goto up;
+	/* What is READ by a key that is about to be void would be stale. */
+	err = -EAGAIN;
+	if (READ_ONCE(s->dst->freezing) && !rram_switched(READ_ONCE(s->state)))
+		goto up;
+	if (!rram_get_key(s, index, &key))
+		goto up;
+	err = -EINPROGRESS;
+	if (test_bit(index, f->inflight))
+		goto up;
+	err = -EBUSY;
+	r = rram_fetch_get(s, false);
+	if (!r)
+		goto up;
 	if (test_and_set_bit_lock(index, f->inflight)) {
+		rram_fetch_put(r);
 		err = -EINPROGRESS;
 		goto up;
 	}
-	if (test_bit(index, f->missing))
-		err = rram_demand_taken(s, index);
-	else
-		err = -EALREADY;
-	if (err) {
-		rram_untake(f, index);
-		if (err == -EALREADY)
-			err = 0;
-	} else {
-		err = -EIOCBQUEUED;
+	err = 0;
+	if (test_bit(index, f->missing)) {
+		err = rram_demand_taken(s, index, r, &key);
+		if (!err) {
+			err = -EIOCBQUEUED;
+			goto up;
+		}
 	}
+	rram_untake(f, index);
+	rram_fetch_put(r);
 up:
 	up_read(&s->linksem);
 	if (ahead)
@@ -478,6 +489,16 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 	return err;
 }
 
+/*
+ * The thread waits for READs to end, its own or those of others. Nobody else
+ * notices that the peer is gone meanwhile, or that the session is to end.
+ */
+static void rram_patience(struct rram_session *s)
+{
+	if (READ_ONCE(s->aborted) || !rram_check_link(s))
+		rram_break(s);
+}
+
 /* -- Before the switch ---------------------------------------------------- */
 
 /* These pages are zero at the source. */
@@ -489,8 +510,10 @@ static int rram_take_zero(struct rram_session *s, unsigned long first,
 
 	for (i = first; i < first + nr; i++) {
 		/* A READ by a fault may be on its way. */
-		wait_event(f->wait[i % RRAM_WAITS],
-			   !test_and_set_bit_lock(i, f->inflight));
+		while (!wait_event_timeout(f->wait[i % RRAM_WAITS],
+					   !test_and_set_bit_lock(i, f->inflight),
+					   RRAM_TICK))
+			rram_patience(s);
 	}
 	/* A hole reads as zeroes and takes no memory. */
 	shmem_truncate_range(rram_inner(f), (loff_t)first << PAGE_SHIFT,
@@ -646,8 +669,9 @@ static bool rram_offered(struct rram_session *s, struct rram_buf *b)
 /* Waits until no READ is under way. */
 static void rram_quiesce(struct rram_session *s)
 {
-	/* Completions always come: at the latest when the link is broken. */
-	wait_event(s->wake, !atomic_read(&s->dst->active));
+	while (!wait_event_timeout(s->wake, !atomic_read(&s->dst->active),
+				   RRAM_TICK))
+		rram_patience(s);
 	atomic_set(&s->poke, 1);
 }
 
@@ -662,12 +686,18 @@ static void rram_dest_freeze(struct rram_session *s)
 	struct rram_file *f = s->f;
 
 	dst->switch_begun = ktime_get();
-	down_write(&f->stale);
 	rram_drop_offers(s);
+	WRITE_ONCE(dst->freezing, true);
+	/*
+	 * A fault may hold the semaphore and wait for a folio that is being
+	 * READ. So those READs have to end first.
+	 */
 	rram_quiesce(s);
-	dst->freezing = true;
-	rram_confirm(s);
+	/* Who has not seen that nothing more may be READ holds it too. */
+	down_write(&f->stale);
 	up_write(&f->stale);
+	rram_quiesce(s);
+	rram_confirm(s);
 }
 
 /*
@@ -942,8 +972,18 @@ static void rram_pull_step(struct rram_session *s)
 		run = rram_order_next(&dst->order, f->missing, f->inflight,
 				      f->heat, max, &bubble);
 		spin_unlock(&dst->order_lock);
-		if (rram_order_idle(&dst->order, run))
+		if (rram_order_idle(&dst->order, run)) {
+			/*
+			 * Passed by, and not arrived: taken by somebody who
+			 * gave it up, or lost with a connection.
+			 */
+			if (!atomic_read(&dst->active)) {
+				spin_lock(&dst->order_lock);
+				rram_order_failed(&dst->order, 0);
+				spin_unlock(&dst->order_lock);
+			}
 			return;
+		}
 		if (!run.nr)
 			continue;
 		if (rram_pull(s, run.first, run.nr, bubble ?

@@ -523,6 +523,25 @@ static int rram_make_qp(struct rram_session *s, enum rram_link_kind kind)
 	return bulk ? rram_make_bufs(s) : 0;
 }
 
+/*
+ * Ends all that is under way on a connection, for the thread that has to wait
+ * for it. The connection is taken down later.
+ */
+void rram_break(struct rram_session *s)
+{
+	unsigned int kind;
+
+	WRITE_ONCE(s->broken, true);
+	for (kind = 0; kind < RRAM_LINKS; kind++) {
+		struct rdma_cm_id *id = s->link[kind].id;
+
+		if (!id || !id->qp)
+			continue;
+		rdma_disconnect(id);
+		ib_drain_qp(id->qp);
+	}
+}
+
 static void rram_link_destroy(struct rram_session *s, enum rram_link_kind kind)
 {
 	struct rram_link *l = &s->link[kind];

@@ -20,6 +20,7 @@
 #include "order.h"
 #include "wire.h"
 
+#define RRAM_TICK		(HZ / 10)	/* longest sleep of a thread */
 #define RRAM_WAITS		64	/* wait queues of a file, pages share them */
 #define RRAM_URGENT_DEPTH	128	/* demand READs under way in a session */
 #define RRAM_BULK_DEPTH		4	/* background READs under way */
@@ -352,6 +353,7 @@ void rram_unlisten(struct rram_session *s);
 int rram_connect(struct rram_session *s);
 void rram_serve_requests(struct rram_session *s);
 void rram_unlink(struct rram_session *s);
+void rram_break(struct rram_session *s);
 void rram_leave_device(struct rram_session *s);
 bool rram_check_link(struct rram_session *s);
 bool rram_can_send(struct rram_session *s);

@@ -14,8 +14,6 @@
 #include "remote_ram.h"
 #include "trace.h"
 
-#define RRAM_TICK (HZ / 10)	/* longest sleep of a thread */
-
 static void rram_session_release(struct kref *ref)
 {
 	struct rram_session *s = container_of(ref, struct rram_session, ref);
@@ -174,7 +172,10 @@ static bool rram_messages(struct rram_session *s)
 			fine = s->role == RRAM_ROLE_SOURCE ?
 			       rram_source_message(s, b) :
 			       rram_dest_message(s, b);
-			if (!fine && !rram_ended(s->state)) {
+			if (!fine && READ_ONCE(s->broken)) {
+				/* No fault of the message. */
+				fine = true;
+			} else if (!fine && !rram_ended(s->state)) {
 				/*
 				 * After the switch a peer that talks nonsense
 				 * is a broken connection: there may be a better

@@ -9,6 +9,7 @@
  */
 #include <linux/hugetlb.h>
 #include <linux/pagemap.h>
+#include <linux/rmap.h>
 #include <linux/shmem_fs.h>
 
 #include "remote_ram.h"
@@ -101,16 +102,23 @@ unsigned int rram_harvest(struct rram_file *f, unsigned long first,
 		return 0;
 	low = find_first_bit(taken, nr);
 	high = find_last_bit(taken, nr);
+	/* Most entries at once, which flushes once. */
 	rram_protect(f, first + low, high - low + 1);
 	/*
 	 * Whoever set a bit before it was taken may be about to make the page
-	 * writable; it holds the folio's lock until it has.
+	 * writable; it holds the folio's lock until it has. And an entry that
+	 * still says dirty may become writable without a fault, by mprotect()
+	 * and by NUMA balancing: under the lock none is left that is writable
+	 * or dirty.
 	 */
 	for_each_set_bit(i, taken, nr) {
 		folio = rram_find_folio(f->shmem->f_mapping, first + i);
 		if (!folio)
 			continue;
 		folio_lock(folio);
+		if (folio->mapping == f->shmem->f_mapping &&
+		    folio_mkclean(folio))
+			folio_mark_dirty(folio);
 		folio_unlock(folio);
 		/*
 		 * A pin may be written through without a fault: not clean, but
@@ -120,6 +128,5 @@ unsigned int rram_harvest(struct rram_file *f, unsigned long first,
 			set_bit(first + i, f->dirty);
 		folio_put(folio);
 	}
-	rram_protect(f, first + low, high - low + 1);
 	return count;
 }

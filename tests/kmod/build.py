@@ -1,0 +1,150 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Compiles the kernel module, siw and the test programs for the lab's hosts, natively: python3 build.py [sparse | checkpatch]
+
+The compiler lives in a small Debian with the headers of the lab hosts' kernel, made once and kept in the lab's cache.
+What is compiled is cached too, by the content of its sources.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).resolve().parent
+REPO = HERE.parents[1]
+sys.path.insert(0, str(REPO / "tests" / "lab"))
+
+import image
+from image import LabError
+
+KMOD = REPO / "kmod-src"
+#: Besides the headers: what compiles modules and programs, checks sources, and the source of siw and checkpatch.
+PACKAGES = ("gcc", "libc6-dev", "make", "sparse", "libibverbs-dev", "librdmacm-dev", "linux-source", "xz-utils", "perl", "python3-minimal", "kmod")
+#: From linux-source: siw, which Debian doesn't build, and the kernel's own style checker.
+WANTED = ("drivers/infiniband/sw/siw", "scripts/checkpatch.pl", "scripts/spelling.txt", "scripts/const_structs.checkpatch")
+
+
+def kernel() -> str:
+    """The release of the lab hosts' kernel, as their image's vmlinuz tells it."""
+    header = (image.host_image() / "vmlinuz").read_bytes()[:65536]
+    (offset,) = struct.unpack_from("<H", header, 0x20E)  # struct setup_header: kernel_version, counted from the second sector
+    return header[offset + 0x200 :].split(b"\0")[0].split()[0].decode()
+
+
+def tree() -> pathlib.Path:
+    """The folder of the small Debian. It counts as made when its mark is there, which is written last."""
+    release = kernel()
+    include = [*PACKAGES, f"linux-headers-{release}"]
+    key = image.digest("2", image.SUITE, *include, *WANTED)
+    root = image.cache_root()
+    folder = root / f"kmodtree-{key}"
+    with image.locked(root / "kmodtree.lock"):
+        if (folder / "complete").exists():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"kmod: making a Debian with the headers of {release} (cached in {root})", flush=True)
+        work = pathlib.Path(tempfile.mkdtemp(prefix=f"kmodtree-{key}.", suffix=".tmp", dir=root))
+        try:
+            tar = work / "root.tar"
+            image.mmdebstrap(tar, include)
+            # All files are ours: an ordinary user can change and remove them without subordinate ids.
+            image.run(["tar", "-C", str(work), "--no-same-owner", "--no-same-permissions", "--exclude=./dev/*", "-xf", str(tar)])
+            tar.unlink()
+            for name in ("null", "zero", "urandom"):
+                (work / "dev" / name).touch()
+            inside(work, "set -e; cd /usr/src; mkdir -p wanted; tar -C wanted --strip-components=1 -xJf linux-source-*.tar.xz --wildcards "
+                   + " ".join(f"'*/{name}'" for name in WANTED) + "; rm linux-source-*.tar.xz")  # fmt: skip
+            (work / "complete").touch()
+            work.rename(folder)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        for old in sorted((p for p in root.glob("kmodtree-*") if p.is_dir() and p != folder), key=lambda p: p.stat().st_mtime)[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+
+def inside(root: pathlib.Path, script: str, folder: pathlib.Path | None = None) -> str:
+    """Runs a shell script in the small Debian, with a folder of ours at /build, and returns what it prints."""
+    outer = 'r=$1; for d in null zero urandom; do mount --bind "/dev/$d" "$r/dev/$d"; done; mount -t proc proc "$r/proc" 2>/dev/null || mount --rbind /proc "$r/proc"; '
+    outer += 'if [ "$3" ]; then mkdir -p "$r/build"; mount --bind "$3" "$r/build"; fi; '
+    outer += 'exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C HOME=/ chroot "$r" sh -c "$2"'
+    command = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "sh", "-ec", outer, "sh", str(root), script, str(folder or "")]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise LabError("\n".join((done.stdout + done.stderr).splitlines()[-40:]))
+    return done.stdout + done.stderr
+
+
+def sources() -> list:
+    return [KMOD / "Kbuild", KMOD / "Makefile", KMOD / "compat", KMOD / "include", KMOD / "src"]
+
+
+def stage(folder: pathlib.Path) -> None:
+    """Copies the sources into a folder that the small Debian sees."""
+    (folder / "kmod").mkdir()
+    for part in sources():
+        if part.is_dir():
+            shutil.copytree(part, folder / "kmod" / part.name, ignore=shutil.ignore_patterns("*.o", "*.cmd", "*.ko", "*.mod*"))
+        else:
+            shutil.copy(part, folder / "kmod")
+    for program in sorted(HERE.glob("*.c")):
+        shutil.copy(program, folder)
+
+
+def built() -> pathlib.Path:
+    """A folder with remote_ram.ko, siw.ko and the test programs."""
+    root, release = tree(), kernel()
+    modules = f"make -s -C /lib/modules/{release}/build CONFIG_DEBUG_INFO_BTF_MODULES= -j$(nproc)"
+    siw = image.entry("siw", image.digest(root.name), lambda folder: compile_in(root, folder, (
+        f"mkdir siw; cp /usr/src/wanted/drivers/infiniband/sw/siw/* siw; {modules} M=/build/siw CONFIG_RDMA_SIW=m modules; "
+        "strip -g siw/siw.ko; mv siw/siw.ko .; rm -r siw")))  # fmt: skip
+
+    def build(folder):
+        stage(folder)
+        programs = "; ".join(f"gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I/build/kmod/include/uapi -o {p.stem} {p.name}" for p in sorted(HERE.glob("*.c")))
+        compile_in(root, folder, f"{modules} M=/build/kmod KCFLAGS=-Werror modules; strip -g kmod/remote_ram.ko; mv kmod/remote_ram.ko .; {programs}; rm -r kmod *.c")
+        shutil.copy(siw / "siw.ko", folder)
+
+    return image.entry("kmod", image.digest(root.name, siw.name, *sources(), *sorted(HERE.glob("*.c"))), build)
+
+
+def compile_in(root: pathlib.Path, folder: pathlib.Path, script: str) -> None:
+    inside(root, f"set -e; cd /build; {script}", folder)
+
+
+def check(how: str) -> str:
+    """What sparse, or checkpatch, says of the module's sources; nothing if they are clean."""
+    root, release = tree(), kernel()
+    with tempfile.TemporaryDirectory(prefix="hecaton-kmod-") as name:
+        folder = pathlib.Path(name)
+        stage(folder)
+        if how == "sparse":
+            text = inside(root, f"make -s -C /lib/modules/{release}/build M=/build/kmod CONFIG_DEBUG_INFO_BTF_MODULES= C=2 CF=-D__CHECK_ENDIAN__ -j$(nproc) modules 2>&1", folder)
+            # What the kernel's own headers are warned of is not ours.
+            return "\n".join(line for line in text.splitlines() if "/build/kmod/" in line or line.startswith(("src/", "kmod/")))
+        return inside(root, "cd /build/kmod; perl /usr/src/wanted/scripts/checkpatch.pl --no-tree --strict --terse --no-summary "
+                      "--ignore LINUX_VERSION_CODE,FILE_PATH_CHANGES,SPDX_LICENSE_TAG -f $(find . -name '*.[ch]') || true", folder)  # fmt: skip
+
+
+def main(arguments: list) -> int:
+    try:
+        if not arguments:
+            print(built())
+            return 0
+        found = [text for text in map(check, arguments) if text.strip()]
+        print("\n".join(found), end="")
+        return int(bool(found))
+    except LabError as err:
+        print(f"kmod: {err}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Brings up two hosts of the lab with the module on them, once per transport, and judges both after every test."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+import build
+import hosts as tools
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also what takes long")
+    parser.addoption("--transport", choices=("siw", "rxe"), help="only with one of them")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes")
+    config.addinivalue_line("markers", "expect(*texts): what the kernel may say in this test though it is an alarm")
+
+
+def pytest_generate_tests(metafunc):
+    if "transport" in metafunc.fixturenames:
+        only = metafunc.config.getoption("--transport")
+        metafunc.parametrize("transport", [only] if only else ["siw", "rxe"], scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: make test-kmod ARGS=--long"))
+
+
+@pytest.fixture(scope="session")
+def lab():
+    lab = tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab")
+    if not all(lab.running(name) for name in tools.NAMES):
+        lab.up()
+    # Three hosts and two cores: the third only costs.
+    for name in tools.lab_module.HOSTS:
+        if name not in tools.NAMES and lab.running(name):
+            lab.kill(name)
+    return lab
+
+
+class Pair:
+    """Both hosts, with the module loaded."""
+
+    def __init__(self, lab, transport):
+        self.lab, self.transport = lab, transport
+        self.folder = build.built()
+        self.hosts = [tools.Host(lab, name) for name in tools.NAMES]
+        self.install()
+
+    def install(self):
+        tools.lab_module.each(lambda host: host.install(self.folder, self.transport), self.hosts)
+        # What the stack itself keeps, like the queue pair of a port.
+        self.baseline = [host.do("state") for host in self.hosts]
+
+    def uninstall(self):
+        for host in self.hosts:
+            said = host.uninstall()
+            assert not alarms(said), said
+
+    def restart(self, host):
+        """A host whose kernel was hurt is no judge of the next test."""
+        for each in self.hosts:
+            each.disconnect()
+        self.lab.kill(host.name)
+        self.lab.up()
+        for name in tools.lab_module.HOSTS:
+            if name not in tools.NAMES and self.lab.running(name):
+                self.lab.kill(name)
+        self.install()
+
+    def judge(self, allowed):
+        """Cleans up after a test. :returns: what is wrong with the hosts."""
+        wrong, hurt = [], []
+        for number, host in enumerate(self.hosts):
+            try:
+                host.sh(
+                    "nft delete table inet cut 2>/dev/null; tc qdisc del dev mig0 root 2>/dev/null; ip link set mig0 up; cd /sys/kernel/debug/remote_ram && "
+                    "for f in inject_delay_us inject_fail; do echo 0 > $f; done; rm -f /dev/shm/*.ram; true"
+                )
+                host.do("clean")
+                baseline = self.baseline[number]
+                try:
+                    tools.wait_for(lambda h=host, b=baseline: h.do("state") == b, 15)
+                except AssertionError:
+                    wrong.append(f"{host.name} keeps {host.do('state')}, had {baseline}")
+                    hurt.append(host)
+                said = alarms(host.do("log"), allowed)
+                if said:
+                    wrong.append(f"{host.name} says: " + "\n".join(said))
+                    hurt.append(host)
+            except tools.HostGone as err:
+                wrong.append(f"{err}; its console:\n{tools.console(self.lab, host.name)}")
+                hurt.append(host)
+        for host in dict.fromkeys(hurt):
+            self.restart(host)
+        return wrong
+
+
+def alarms(said, allowed=()):
+    """Alarms in lines of the kernel's log, each with what follows it."""
+    found = []
+    for at, line in enumerate(said):
+        if any(text in line for text in tools.ALARMS) and not any(text in line for text in allowed):
+            found += [x for x in said[at : at + 40] if x not in found]
+    return found
+
+
+@pytest.fixture(scope="session")
+def pair(lab, transport):
+    pair = Pair(lab, transport)
+    yield pair
+    pair.uninstall()
+
+
+@pytest.fixture
+def hosts(pair, request):
+    """Both hosts, clean before the test and judged after it."""
+    marker = request.node.get_closest_marker("expect")
+    yield pair.hosts
+    wrong = pair.judge(marker.args if marker else ())
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.fixture
+def ram(hosts, request):
+    """Makes files: ``ram(mib)``, on both hosts, filled on the source."""
+    made = []
+
+    def make(mib=6, fill=True):
+        file = tools.File(hosts, f"t{len(made)}.ram", mib).create()
+        made.append(file)
+        return file.fill() if fill else file
+
+    return make

@@ -1,0 +1,297 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The two hosts that the kernel module is tested on, and moves of one file between them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import pathlib
+import queue
+import subprocess
+import sys
+import threading
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "lab"))
+
+import build
+import lab as lab_module
+
+NAMES = ("hv1", "hv2")
+PROGRAMS = "/root/kmod"
+PATIENCE = 180  # seconds after which a host that doesn't answer counts as gone
+
+NONE, LISTENING, CONNECTING, CONNECTED, PRECOPY, SWITCHING, POSTCOPY, RECONNECTING, COMPLETE, FAILED, LOST = range(11)
+REASONS = "none version token uuid size busy state protocol unreachable timeout disconnected aborted peer_aborted no_memory device".split()
+BANDWIDTH, BUSY_POLL_US, BATCH_PAGES, BACKGROUND = 1, 2, 3, 4
+MIB = 1 << 20
+
+#: What the kernel says only when something is wrong with it.
+ALARMS = ("BUG:", "WARNING:", "Oops", "Call Trace", "general protection", "hung_task", "blocked for more than", "soft lockup", "lockdep",
+          "possible recursive", "inconsistent lock", "refcount_t", "RESTRACK", "still has", "Bad page", "list_add corruption", "list_del corruption",
+          "use-after-free", "KASAN", "kmemleak", "UBSAN", "rcu_preempt self-detected", "rcu_sched self-detected", "Objects remaining")  # fmt: skip
+
+
+class HostGone(Exception):
+    """A host that doesn't answer any more; its console may say why."""
+
+
+class Refused(OSError):
+    """A call that the module refused."""
+
+    def __init__(self, answer):
+        super().__init__(answer["errno"], answer["error"])
+        self.reason = REASONS[answer["reason"]] if answer.get("reason") is not None else None
+
+
+class Future:
+    """A call under way."""
+
+    def __init__(self, host, order):
+        self.host, self.order, self.answers = host, order, queue.Queue()
+
+    def __call__(self, timeout=PATIENCE):
+        try:
+            answer = self.answers.get(timeout=timeout)
+        except queue.Empty:
+            raise HostGone(f"{self.host.name} did not answer {self.order} in {timeout} s") from None
+        if "is" in answer:
+            return answer["is"]
+        if answer["errno"] == -1:
+            raise AssertionError(f"{self.host.name}: {answer['error']}")
+        raise Refused(answer)
+
+    def done(self) -> bool:
+        return not self.answers.empty()
+
+
+class Host:
+    """A host and the agent on it."""
+
+    def __init__(self, lab, name):
+        self.lab, self.name = lab, name
+        self.address = lab_module.migration_address(name)
+        self.agent = None
+
+    def connect(self):
+        self.agent = subprocess.Popen(
+            ["ssh", "-F", str(self.lab.folder / "ssh_config"), "-S", "none", self.name, "--", f"exec python3 -u {PROGRAMS}/agent.py"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self.waiting, self.count = {}, itertools.count()
+        threading.Thread(target=self._listen, args=(self.agent, self.waiting), daemon=True).start()
+
+    def _listen(self, agent, waiting):
+        for line in agent.stdout:
+            answer = json.loads(line)
+            waiting.pop(answer["id"]).answers.put(answer)
+
+    def disconnect(self):
+        if self.agent:
+            self.agent.stdin.close()
+            try:
+                self.agent.wait(20)
+            except subprocess.TimeoutExpired:
+                self.agent.kill()
+            self.agent = None
+
+    def start(self, do, **order):
+        """Begins a call; what it returns is called for the result."""
+        future = Future(self, do)
+        number = next(self.count)
+        self.waiting[number] = future
+        try:
+            self.agent.stdin.write(json.dumps({"id": number, "do": do, **order}) + "\n")
+        except OSError as err:
+            raise HostGone(f"{self.name}: {err}") from err
+        return future
+
+    def do(self, do, **order):
+        return self.start(do, **order)()
+
+    def sh(self, script, check=True):
+        return self.do("sh", script=script, check=check)
+
+    def program(self, verb, *arguments, cgroup=None):
+        return Program(self, [f"{PROGRAMS}/ram", verb, *map(str, arguments)], cgroup)
+
+    def install(self, folder, transport):
+        """Loads the modules and mounts the file system, with one kind of device on the migration network."""
+        files = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"}
+        files["agent.py"] = HERE / "agent.py"
+        self.lab.ssh(self.name, f"umount /run/remote_ram 2>/dev/null; rmmod remote_ram 2>/dev/null; mkdir -p {PROGRAMS} /run/remote_ram")
+        for name, path in files.items():
+            self.lab.put(self.name, path, f"{PROGRAMS}/{name}", before=f"rm -f {PROGRAMS}/{name}")
+        link = f"insmod {PROGRAMS}/siw.ko 2>/dev/null; true" if transport == "siw" else "modprobe rdma_rxe"
+        self.lab.ssh(
+            self.name,
+            f"chmod +x {PROGRAMS}/*; modprobe -a ib_core iw_cm ib_uverbs libcrc32c rdma_ucm rdma_cm && {link} || exit 1; "
+            f"for d in $(ls /sys/class/infiniband 2>/dev/null); do rdma link delete $d; done; rdma link add {transport}0 type {transport} netdev mig0 || exit 1; "
+            f"insmod {PROGRAMS}/remote_ram.ko || exit 1; mount -t remote_ram none /run/remote_ram -o size=2G || exit 1; "
+            # A task that waits for its peer on purpose may be killed, so it isn't counted as hung; these seconds find those that can't.
+            "sysctl -q kernel.hung_task_timeout_secs=60 kernel.hung_task_warnings=-1 kernel.panic_on_oops=0 2>/dev/null; true",
+        )
+        self.connect()
+
+    def uninstall(self):
+        """Unloads the module. :returns: what the kernel had to say about it."""
+        self.do("log")
+        self.sh("umount /run/remote_ram && rmmod remote_ram")
+        time.sleep(0.2)
+        said = self.do("log")
+        self.disconnect()
+        return said
+
+
+class Program:
+    """A program on a host that says what it does in lines of JSON."""
+
+    def __init__(self, host, argv, cgroup=None):
+        self.host = host
+        self.pid = host.do("spawn", argv=argv, cgroup=cgroup)
+
+    def tell(self, line):
+        return self.host.do("tell", pid=self.pid, line=line)
+
+    def tell_later(self, line):
+        return self.host.start("tell", pid=self.pid, line=line)
+
+    def hear(self):
+        return self.host.do("hear", pid=self.pid)
+
+    def finish(self):
+        return self.host.do("finish", pid=self.pid)
+
+    def kill(self, number=9):
+        self.host.do("kill", pid=self.pid, number=number)
+
+    def reap(self, seconds):
+        return self.host.do("reap", pid=self.pid, seconds=seconds)
+
+
+class File:
+    """A RAM file that is on either host, with the shadow that says what has to be in it."""
+
+    def __init__(self, hosts, name, mib=16):
+        self.source, self.dest = hosts
+        self.name, self.size = name, int(mib * MIB)
+        self.path, self.shadow = f"/run/remote_ram/{name}", f"/dev/shm/{name}"
+
+    @property
+    def pages(self):
+        return self.size // 4096
+
+    def create(self, *hosts):
+        for host in hosts or (self.source, self.dest):
+            host.do("create", name=self.name, size=self.size)
+        return self
+
+    def fill(self):
+        program = self.source.program("fill", self.path, self.shadow)
+        assert program.finish()["status"] == 0
+        return self
+
+    def src(self, do, **order):
+        return self.source.do(do, name=self.name, **order)
+
+    def dst(self, do, **order):
+        return self.dest.do(do, name=self.name, **order)
+
+    def attach(self, **options):
+        self.port = self.dst("session", what="attach", address="0.0.0.0", port=0, **options)
+        return self.port
+
+    def export(self, **options):
+        options = {"address": self.dest.address, "port": self.port, **options}
+        return self.src("session", what="export", **options)
+
+    def connect(self, **options):
+        self.attach(**options)
+        self.export(**options)
+        return self
+
+    def precopy(self, ms=400, **options):
+        self.src("precopy", ms=ms, **options)
+        assert self.src("wait", states=[CONNECTED], ms=120000)[0] == CONNECTED
+
+    def run(self, ops, threads=3, host=None):
+        program = (host or self.source).program("run", self.path, self.shadow, threads, ops)
+        assert program.hear() == {"started": True}
+        return program
+
+    def switch(self, **options):
+        """Switches, and takes the shadow along."""
+        done = self.src("switch", **options)
+        self.take_shadow()
+        return done
+
+    def take_shadow(self):
+        self.dest.do("put", path=self.shadow, data=self.source.do("get", path=self.shadow))
+
+    def check(self, how="map", threads=4, host=None, later=False):
+        """Compares all pages with the shadow."""
+        program = (host or self.dest).program("check", self.path, self.shadow, threads, how)
+        return program if later else self.judge(program, threads)
+
+    def judge(self, program, threads=4):
+        found = program.finish()
+        assert found["status"] == 0, found
+        last = found["said"][-1]
+        looked = self.pages * threads
+        assert last["bad"] == 0 and last["pages"] == self.pages and last["looked"] in (looked, self.pages * threads), found
+        return last
+
+    def complete(self):
+        for side in (self.dest, self.source):
+            assert side.do("wait", name=self.name, states=[COMPLETE], ms=120000) == [COMPLETE, 0]
+        return self.dst("stats")
+
+    def release(self):
+        self.src("release")
+        self.dst("release")
+
+    def turn_round(self):
+        """What was the destination is the next source."""
+        self.source, self.dest = self.dest, self.source
+
+    def states(self):
+        return self.src("stats")["state"], self.dst("stats")["state"]
+
+
+def wait_for(what, seconds=60):
+    """Until something is so: a generous limit, that judges nothing but that it ever comes."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def cut(host, how):
+    """The migration network is cut on a host while this lasts."""
+    begin, end = {
+        "drop": ("nft add table inet cut; nft add chain inet cut in '{ type filter hook input priority 0; }'; nft add chain inet cut out '{ type filter hook output priority 0; }'; "
+                 "nft add rule inet cut in iifname mig0 drop; nft add rule inet cut out oifname mig0 drop", "nft delete table inet cut"),
+        "loss": ("tc qdisc replace dev mig0 root netem loss 100%", "tc qdisc del dev mig0 root"),
+        "down": ("ip link set mig0 down", "ip link set mig0 up"),
+    }[how]  # fmt: skip
+    host.sh(begin)
+    try:
+        yield
+    finally:
+        host.sh(end)
+
+
+def console(lab, name):
+    return (pathlib.Path(lab.state["run"]) / f"{name}.console").read_text(errors="replace")[-4000:]
+
+
+def decode(data):
+    return base64.b64decode(data)
+
+
+__all__ = [name for name in dir() if not name.startswith("_")]

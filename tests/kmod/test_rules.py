@@ -1,0 +1,307 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The rules that must never break, by number."""
+
+from __future__ import annotations
+
+import pytest
+from hosts import BACKGROUND, COMPLETE, CONNECTED, POSTCOPY, wait_for
+
+ALL_WRITES = "wwwwwwcrzhmpvk"
+
+
+def moved(ram, ops=ALL_WRITES, threads=3, ms=1000, mib=6, how="map"):
+    """A file that was written all through pre-copy, switched, and is read at the destination by many threads."""
+    file = ram(mib).connect()
+    writer = file.run(ops, threads)
+    file.precopy(ms)
+    assert writer.tell("stop")["bad"] == 0
+    file.switch()
+    file.check(how)
+    stats = file.complete()
+    assert stats["pages_missing"] == 0
+    assert file.src("stats")["late_writes"] == 0
+    assert writer.finish()["status"] == 0
+    file.check("map")
+    return file
+
+
+# -- 1: a guest never sees a page older than its last write, and never zeroes in place of data -------------------------
+
+
+@pytest.mark.parametrize("how", ["map", "read", "mem", "vm", "write"])
+def test_rule_1_every_page_is_as_it_was_written_last(ram, how):
+    moved(ram, how=how)
+
+
+def test_rule_1_without_pre_copy(ram):
+    file = ram(6).connect()
+    file.switch()
+    file.check("map", threads=8)
+    file.complete()
+
+
+def test_rule_1_a_vm_goes_on_at_the_destination(ram):
+    file = ram(6).connect()
+    writer = file.run(ALL_WRITES)
+    file.precopy(1000)
+    writer.tell("stop")
+    file.switch()
+    # It checks each page before it writes it, while pages arrive, and punches holes into pages on their way.
+    there = file.run(ALL_WRITES, threads=4, host=file.dest)
+    file.complete()
+    assert there.tell("stop")["bad"] == 0
+    there.finish()
+    file.check("map")
+
+
+def test_rule_1_holes_that_are_filled_during_pre_copy(ram):
+    """What is behind a key changes when a hole is filled: the key is given up, and no page of before is read by it."""
+    file = ram(6).connect()
+    file.precopy(20000, stop=1)
+    writer = file.run("whwm", threads=4)
+    file.precopy(2500)
+    writer.tell("stop")
+    file.switch()
+    file.check("map")
+    file.complete()
+
+
+def test_rule_1_holes_punched_while_pages_are_on_their_way(ram):
+    file = ram(6).connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    file.dest.sh("echo 2000 > /sys/kernel/debug/remote_ram/inject_delay_us")
+    puncher = file.run("hhmmcw", threads=8, host=file.dest)
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    assert puncher.tell("stop")["bad"] == 0
+    puncher.finish()
+    file.check("map")
+
+
+def test_rule_1_what_is_written_at_the_destination_before_the_switch_is_not_the_vms(ram):
+    file = ram(4)
+    file.attach()
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    file.export()
+    file.precopy(20000, stop=1)
+    for page in (1, 2, 300):
+        assert program.tell(f"poke {page} 4711") == {"ret": 0, "errno": 0}
+    assert program.tell("remove 17 4") == {"ret": 0, "errno": 0}
+    file.switch()
+    file.check("map")
+    file.complete()
+    program.kill()
+
+
+def test_rule_1_pages_that_the_destination_fetched_before_the_switch_become_stale(ram):
+    file = ram(4)
+    file.attach()
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    file.export()
+    for page in range(0, 1024, 100):
+        assert "value" in program.tell(f"peek {page}")
+    writer = file.run("wz", threads=2)
+    wait_for(lambda: file.src("stats")["pages_dirty"] > 0)
+    file.precopy(300)
+    writer.tell("stop")
+    file.switch()
+    file.check("map")
+    file.complete()
+
+
+# -- 2: dirty tracking -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ops", ["w", "wc", "p", "v", "d", "wdk"])
+def test_rule_2_no_write_is_lost(ram, ops):
+    """By the mapping, with reads that make the entries anew, by write(2), by a debugger, by a disk."""
+    moved(ram, ops=ops, mib=4, ms=1200)
+
+
+def test_rule_2_write_access_that_comes_back_without_a_fault(ram):
+    """mprotect() and NUMA balancing make an entry writable again that is marked dirty: after a harvest none is."""
+    file = ram(4).connect()
+    program = file.source.program("hold", file.path)
+    program.hear()
+    program.tell("sweep 0 1000")
+    file.precopy(20000, stop=1)
+    assert file.src("stats")["pages_dirty"] == 0
+    program.tell("protect 0")
+    program.tell("protect 1")
+    program.tell("sweep 0 5000")
+    file.switch()
+    there = file.dest.program("hold", file.path)
+    there.hear()
+    for page in (0, 1, 17, 500, 1023):
+        assert there.tell(f"peek {page}") == {"value": page + 5000}
+    file.complete()
+
+
+def test_rule_2_long_pins_are_refused(ram):
+    """What writes through a pin that lasts leaves no trace: VFIO and registered buffers don't get one."""
+    file = ram(1)
+    program = file.source.program("hold", file.path)
+    program.hear()
+    program.tell("poke 0 1")
+    assert program.tell("pin 0")["ret"] == -1
+
+
+# -- 3: before the switch every failure leaves the VM on the source ----------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_rule_3_abort_before_the_switch(ram, side):
+    file = ram(8).connect()
+    writer = file.run(ALL_WRITES)
+    file.src("precopy", ms=60000)
+    wait_for(lambda: file.src("stats")["pages_ahead"] > 100)
+    (file.src if side == "source" else file.dst)("abort")
+    assert file.src("wait", states=[], ms=30000)[0] == 9
+    assert file.dst("wait", states=[], ms=30000)[0] == 9
+    # Writes go on, and the next attempt brings all of them.
+    file.release()
+    file.connect()
+    file.precopy(800)
+    assert writer.tell("stop")["bad"] == 0
+    file.switch()
+    file.check("map")
+    file.complete()
+
+
+def test_rule_3_a_switch_that_fails_leaves_the_file_as_it_was(ram):
+    file = ram(8).connect(dead_ms=60000, heartbeat_ms=1000)
+    writer = file.run(ALL_WRITES)
+    file.precopy(300)
+    writer.tell("stop")
+    file.dest.sh("nft add table inet cut; nft add chain inet cut in '{ type filter hook input priority 0; }'; nft add rule inet cut in iifname mig0 drop")
+    with pytest.raises(OSError) as caught:
+        file.src("switch", ms=1500)
+    assert caught.value.reason == "timeout"
+    # The VM goes on at once: no write is refused.
+    file.source.sh(f"dd if=/dev/zero of={file.path} bs=4096 count=1 conv=notrunc status=none")
+    writer.tell("go")
+    file.dest.sh("nft delete table inet cut")
+    assert file.src("wait", states=[], ms=30000)[0] == 9
+    file.dst("abort")
+    file.release()
+    file.connect()
+    file.precopy(300)
+    writer.tell("stop")
+    # Page 0 was written behind the program's back.
+    file.source.sh(f"dd if=/dev/zero of={file.shadow} bs=4 count=1 conv=notrunc status=none; dd if=/dev/zero of={file.path} bs=4096 count=1 conv=notrunc status=none")
+    file.switch()
+    file.check("map")
+    file.complete()
+
+
+# -- 4: after the switch: see test_connection.py -----------------------------------------------------------------------
+# -- 5: a peer can READ only the RAM of its session: see test_hostile.py -----------------------------------------------
+# -- 6: stopped and killed processes -----------------------------------------------------------------------------------
+
+
+def test_rule_6_a_stopped_process_is_read_by_another(ram):
+    file = ram(4).connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    program.kill(19)
+    # Another reads its memory while it is stopped: the pages come.
+    reader = "import os,sys; pid=int(sys.argv[1]); m=[l for l in open(f'/proc/{pid}/maps') if 'remote_ram' in l or sys.argv[2] in l][0].split('-')[0]; " \
+             "f=os.open(f'/proc/{pid}/mem',os.O_RDONLY); print(sum(len(os.pread(f,4096,int(m,16)+i*4096)) for i in range(0,1024,7)))"  # fmt: skip
+    assert file.dest.sh(f"python3 -c \"{reader}\" {program.pid} {file.name}").strip() == str(len(range(0, 1024, 7)) * 4096)
+    program.kill(18)
+    program.kill()
+    assert program.reap(20) == -9
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    file.check("map")
+
+
+def test_rule_6_killed_while_it_waits(ram):
+    file = ram(4).connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    file.dest.sh("echo 3000000 > /sys/kernel/debug/remote_ram/inject_delay_us; true")
+    programs = [file.check("map", threads=4, later=True) for _ in range(2)]
+    wait_for(lambda: file.dst("stats")["faults_retry"] > 0)
+    for program in programs:
+        program.kill()
+    for program in programs:
+        assert program.reap(30) == -9
+    file.dest.sh("echo 0 > /sys/kernel/debug/remote_ram/inject_delay_us")
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    file.check("map")
+
+
+def test_rule_6_the_module_stays_while_a_file_is_open(ram, hosts):
+    file = ram(1)
+    for host in hosts:
+        assert "in use" in host.sh("rmmod remote_ram 2>&1", check=False)
+    file.connect()
+    for host in hosts:
+        assert "busy" in host.sh("umount /run/remote_ram 2>&1", check=False)
+
+
+def test_rule_6_fork_in_the_middle(ram):
+    file = ram(4).connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    program.tell("peek 3")
+    for page in (3, 4, 700):
+        assert program.tell(f"fork {page}")["value"] != 0
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    file.check("map")
+
+
+def test_rule_6_a_file_unlinked_in_mid_session(ram):
+    file = ram(4).connect()
+    writer = file.run("w")
+    file.src("unlink")
+    file.dst("unlink")
+    file.precopy(300)
+    writer.tell("stop")
+    file.switch()
+    assert file.dst("wait", states=[COMPLETE], ms=60000) == [COMPLETE, 0]
+    assert file.src("wait", states=[COMPLETE], ms=60000) == [COMPLETE, 0]
+    writer.finish()
+    # The last to close it ends the session; nothing is left, as is judged after each test.
+    file.src("close")
+    file.dst("close")
+
+
+@pytest.mark.parametrize("state", ["listening", "connected", "postcopy"])
+def test_rule_6_the_last_one_closes_it_in_mid_session(ram, state):
+    file = ram(4)
+    file.attach()
+    if state != "listening":
+        file.export()
+        assert file.states() == (CONNECTED, CONNECTED)
+    if state == "postcopy":
+        file.dst("tune", what=BACKGROUND, value=0)
+        file.switch()
+        assert file.states() == (POSTCOPY, POSTCOPY)
+    for side in (file.dst, file.src):
+        side("unlink")
+        side("close")
+
+
+# -- 7: zero copy ------------------------------------------------------------------------------------------------------
+
+
+def test_rule_7_pages_arrive_in_the_page_cache_itself(ram):
+    """What the module holds besides the pages does not grow with what has arrived."""
+    file = ram(16).connect()
+    file.switch()
+    before = file.dst("stats")["memory"]
+    file.complete()
+    assert file.dst("stats")["memory"] <= before
+    assert before < file.size // 16
