@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shlex
 import time
 
@@ -72,6 +73,9 @@ class ActionModule(ActionBase):
         self.args = dict(self._task.args)
         self.vm = self.args.get("name") or self.args.get("vm")
         self.args.setdefault("source", self._task.delegate_to or task_vars.get("inventory_hostname"))
+        if self.args.get("engine") == "remote_ram":
+            # Known to the two hosts of this one migration.
+            self.args["token"] = secrets.token_hex(16)
         self.interval = self._number("poll_interval", 3)
         wait = str(self.args.get("wait", True)).lower() not in ("false", "no", "0", "off")
         found = self._call(MODULE, self.args, task_vars)
@@ -187,7 +191,7 @@ class ActionModule(ActionBase):
         """Asks the destination whether the VM may come, and waits for its turn."""
         name = self.args["destination"]
         args = {"name": self.vm, "source": self.args["source"], "address": destination.address}
-        for key in ("engine", "port_min", "port_max", "max_incoming", "memory_reserve", "state_dir"):
+        for key in ("engine", "token", "postcopy_bandwidth", "recovery_timeout", "port_min", "port_max", "max_incoming", "memory_reserve", "state_dir"):
             if self.args.get(key) is not None:
                 args[key] = self.args[key]
         args.update(found.get("request") or {})

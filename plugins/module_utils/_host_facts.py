@@ -119,13 +119,15 @@ def version_text(number: int) -> str:
     return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
 
 
-def engines(drivers: list, unprivileged: str | None, device: bool, libvirt_version: str | None = None) -> dict:
+def engines(drivers: list, unprivileged: str | None, device: bool, libvirt_version: str | None = None, mounts: str = "", rdma_devices: list | None = None) -> dict:
     """What a host can do as a *destination*. QEMU's post-copy needs userfaultfd there, and nowhere else.
 
     :param drivers: those that the host has. One that can't use userfaultfd is enough of an obstacle: the plan chooses
         an engine for a pair of hosts.
     :param unprivileged: content of ``/proc/sys/vm/unprivileged_userfaultfd``; None when there is no such file.
     :param device: whether ``/dev/userfaultfd`` exists.
+    :param mounts: content of ``/proc/mounts``.
+    :param rdma_devices: names of the RDMA devices.
     """
     blockers = []
     if unprivileged is None:
@@ -136,7 +138,12 @@ def engines(drivers: list, unprivileged: str | None, device: bool, libvirt_versi
             blockers.append(blocker(
                 "userfaultfd_forbidden",
                 "libvirt runs QEMU as an ordinary user, which this host does not let use userfaultfd: set the sysctl vm.unprivileged_userfaultfd to 1"))
-    return {"precopy": {"usable": True, "blockers": []}, "userfault": {"usable": not blockers, "blockers": blockers}}
+    remote = []
+    if not any(line.split()[2:3] == ["remote_ram"] for line in mounts.splitlines()):
+        remote.append(blocker("remote_ram_missing", "no remote_ram file system is mounted (the playbook prepare does that)"))
+    if not rdma_devices:
+        remote.append(blocker("rdma_missing", "there is no RDMA device (the playbook prepare makes one)"))
+    return {"remote_ram": {"usable": not remote, "blockers": remote}, "precopy": {"usable": True, "blockers": []}, "userfault": {"usable": not blockers, "blockers": blockers}}
 
 
 def blocker(code: str, message: str) -> dict:

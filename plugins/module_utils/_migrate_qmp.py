@@ -67,8 +67,9 @@ def capabilities(engine: str) -> list:
         "postcopy-ram": userfault,
         # A demanded page does not wait behind the stream. Has to be set before the destination listens.
         "postcopy-preempt": userfault,
-        "x-ignore-shared": False,
-        "pause-before-switchover": False,
+        # The kernel engine moves RAM by itself: QEMU leaves it out, and stops before it hands the VM over.
+        "x-ignore-shared": engine == "remote_ram",
+        "pause-before-switchover": engine == "remote_ram",
     }
     return [{"capability": name, "state": state} for name, state in wanted.items()]
 
@@ -218,6 +219,12 @@ class Outgoing:
             "postcopy" if self._postcopy_asked else "switch", on="destination", downtime_ms=info.get("downtime"), total_ms=info.get("total-time"),
             bytes=ram.get("transferred"), rate_mib_s=None,
         )  # fmt: skip
+        self._end_qemu()
+        forget(self.name)
+        self.record.finish("moved", on="destination")
+
+    def _end_qemu(self) -> None:
+        """Ends the QEMU that the VM has left."""
         try:
             self.qmp.execute("quit")
         except QmpError:
@@ -230,8 +237,6 @@ class Outgoing:
             time.sleep(0.1)
         systemctl("reset-failed", vm_unit(self.name), check=False)
         systemctl("disable", vm_unit(self.name), check=False)
-        forget(self.name)
-        self.record.finish("moved", on="destination")
 
 
 def forget(name: str) -> None:
@@ -271,13 +276,27 @@ class Incoming:
         except (QmpError, MigrationError, OSError) as err:
             # Only before the VM runs here: after that, this QEMU is the VM.
             if not self.arrived:
-                systemctl("stop", vm_unit(self.name), check=False)
-                systemctl("reset-failed", vm_unit(self.name), check=False)
-                try:
-                    os.unlink(incoming_env(self.name))
-                except FileNotFoundError:
-                    pass
+                self._clean_up()
             self.save(phase="finished", result="failed", reason=str(err), finished=time.time())
+
+    def _clean_up(self) -> None:
+        """Leaves nothing on this host of a VM that did not come."""
+        systemctl("stop", vm_unit(self.name), check=False)
+        systemctl("reset-failed", vm_unit(self.name), check=False)
+        try:
+            os.unlink(incoming_env(self.name))
+        except FileNotFoundError:
+            pass
+
+    def _look(self) -> None:
+        """What else there is to look at while the VM arrives.
+
+        :raises MigrationError: it can't arrive any more.
+        """
+
+    def _whole(self) -> bool:
+        """Whether the VM that runs here has all it needs."""
+        return True
 
     def _listen(self) -> QmpClient:
         job = self.job
@@ -325,7 +344,8 @@ class Incoming:
                 raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
             if not self.arrived and running not in ("inmigrate", "prelaunch") and status in ("completed", "postcopy-active", "postcopy-paused"):
                 self._settle(status)
-            if status == "completed" and self.arrived:
+            self._look()
+            if status == "completed" and self.arrived and self._whole():
                 self.save(phase="finished", result="moved", finished=time.time())
                 return
             if status == "failed" and not self.arrived:

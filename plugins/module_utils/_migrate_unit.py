@@ -17,11 +17,11 @@ import sys
 import tempfile
 import traceback
 
-from ansible_collections.hecaton.fleet.plugins.module_utils import _libvirt, _migrate_libvirt, _migrate_qmp, _migration, _qmp
+from ansible_collections.hecaton.fleet.plugins.module_utils import _libvirt, _migrate_libvirt, _migrate_qmp, _migrate_remote_ram, _migration, _qmp, _remote_ram
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record, write_json
 
 PACKAGE = "ansible_collections.hecaton.fleet.plugins.module_utils"
-SHIPPED = (_migration, _qmp, _libvirt, _migrate_qmp, _migrate_libvirt)
+SHIPPED = (_migration, _qmp, _libvirt, _remote_ram, _migrate_qmp, _migrate_remote_ram, _migrate_libvirt)
 
 
 def unit_name(vm: str, incoming: bool = False) -> str:
@@ -87,12 +87,13 @@ def start(job: dict, state_dir: str) -> None:
 
 def drive(job: dict, state_dir: str) -> int:
     """What the unit does. Whatever happens, the record says so at the end."""
+    remote = job["engine"] == "remote_ram"
     if job["side"] == "incoming":
-        _migrate_qmp.Incoming(job, state_dir).run()
+        (_migrate_remote_ram if remote else _migrate_qmp).Incoming(job, state_dir).run()
         return 0
     record = Record(state_dir, job)
     record.save()
-    driver = _migrate_libvirt if job["driver"] == "libvirt" else _migrate_qmp
+    driver = _migrate_remote_ram if remote else _migrate_libvirt if job.get("driver") == "libvirt" else _migrate_qmp
     try:
         driver.Outgoing(job, record).run()
     except Aborted as err:

@@ -20,7 +20,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 # Best first: what `auto` looks for.
-ENGINES = ("userfault", "precopy")
+ENGINES = ("remote_ram", "userfault", "precopy")
 
 # Starting the destination and moving device state, in seconds per VM.
 SWITCH_OVERHEAD_S = 1.0

@@ -101,7 +101,15 @@ def engines(vm: dict) -> dict:
         where = memory["file_system"] or "an unknown file system"
         userfault.append(blocker("memory_file", f"the guest's memory is a file on {where}: QEMU does post-copy only on tmpfs or hugetlbfs"))
     usable = not vm["blockers"]
+    remote = []
+    if vm["driver"] != "qmp":
+        remote.append(blocker("driver_unsupported", f"{vm['driver']} has no way to leave the guest's memory to the engine remote_ram"))
+    elif memory["kind"] != "remote_ram":
+        remote.append(blocker("memory_not_remote_ram", "the guest's memory is not on a remote_ram file system (the playbook onboard moves it there)"))
+    elif not memory["shared"]:
+        remote.append(blocker("memory_private", "the guest maps its memory file privately; the memory backend needs share=on"))
     return {
+        "remote_ram": {"usable": usable and not remote, "blockers": remote},
         "precopy": {"usable": usable, "blockers": []},
         "userfault": {"usable": usable and not userfault, "blockers": userfault},
     }

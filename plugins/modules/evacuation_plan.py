@@ -123,12 +123,12 @@ options:
   engine:
     description:
       - What moves the memory.
-      - V(auto) takes the best engine that the VM and both hosts can use, V(userfault) before V(precopy).
+      - V(auto) takes the best engine that the VM and both hosts can use, V(remote_ram) before V(userfault) before V(precopy).
       - V(userfault) is QEMU's pre-copy, bounded in time, and then its post-copy.
       - V(precopy) is QEMU's pre-copy alone. It may never converge.
       - A VM that can't use the engine asked for is blocked.
     type: str
-    choices: [auto, userfault, precopy]
+    choices: [auto, remote_ram, userfault, precopy]
     default: auto
 seealso:
   - module: hecaton.fleet.vm_info

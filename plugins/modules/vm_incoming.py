@@ -49,7 +49,7 @@ options:
   engine:
     description: Engine that will move it.
     type: str
-    choices: [precopy, userfault]
+    choices: [precopy, userfault, remote_ram]
     default: userfault
   source:
     description: Name of the hypervisor that it comes from.
@@ -63,6 +63,24 @@ options:
   config:
     description: Text of its definition C(/etc/hecaton/vms/NAME.conf) on the source. Required if O(driver=qmp) and O(state=present).
     type: str
+  ram:
+    description:
+      - Its RAM files on the source, which are made here under the same names, each with C(id), C(path) and C(size) in bytes.
+        Required if O(engine=remote_ram).
+    type: list
+    elements: dict
+    default: []
+  token:
+    description: Secret by which its source is known, 32 hexadecimal digits. Required if O(engine=remote_ram).
+    type: str
+  postcopy_bandwidth:
+    description: Limit in MiB/s of the pages fetched unasked after the switch, V(0) for none. Only for O(engine=remote_ram).
+    type: float
+    default: 0
+  recovery_timeout:
+    description: Seconds without a connection after which pages that are missing count as lost. Only for O(engine=remote_ram).
+    type: float
+    default: 3600
   enabled:
     description: Whether it starts with the host, once it is here.
     type: bool
@@ -127,6 +145,7 @@ incoming:
     address: {description: Where the stream goes., type: str, returned: always, sample: 10.77.1.12}
     uri: {description: "QEMU's migration URI, null with O(driver=libvirt).", type: str, returned: always, sample: "tcp:10.77.1.12:49200"}
     memory_mib: {description: Room kept in MiB., type: int, returned: always, sample: 2048}
+    ram: {description: "O(ram), each with the C(port) that it listens on.", type: list, elements: dict, returned: always, sample: []}
 present:
   description: Whether the virtual machine runs here already.
   returned: when O(state=present)
@@ -158,11 +177,15 @@ ARGUMENT_SPEC = {
     "name": {"type": "str", "required": True, "aliases": ["vm"]},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "driver": {"type": "str", "choices": ["libvirt", "qmp"]},
-    "engine": {"type": "str", "choices": ["precopy", "userfault"], "default": "userfault"},
+    "engine": {"type": "str", "choices": ["precopy", "userfault", "remote_ram"], "default": "userfault"},
     "source": {"type": "str"},
     "uuid": {"type": "str"},
     "memory_mib": {"type": "int"},
     "config": {"type": "str"},
+    "ram": {"type": "list", "elements": "dict", "default": []},
+    "token": {"type": "str", "no_log": True},
+    "postcopy_bandwidth": {"type": "float", "default": 0},
+    "recovery_timeout": {"type": "float", "default": 3600},
     "enabled": {"type": "bool", "default": False},
     "address": {"type": "str"},
     "port_min": {"type": "int", "default": 49200},
@@ -225,9 +248,9 @@ class VmIncoming:
             self._check_memory(memory, reservations)
             if not self.module.check_mode:
                 _reservations.reserve(self.name, memory, self.params["source"] or "")
-        incoming = {"id": uuid.uuid4().hex, "address": self.params["address"], "uri": None, "memory_mib": memory}
+        incoming = {"id": uuid.uuid4().hex, "address": self.params["address"], "uri": None, "memory_mib": memory, "ram": []}
         if self.params["driver"] == "qmp" and not self.module.check_mode:
-            incoming["uri"] = self._listen(incoming["id"])
+            incoming.update(self._listen(incoming["id"]))
         return {"changed": True, "present": False, "busy": [], "incoming": incoming}
 
     # -- may it come? ----------------------------------------------------------------------------------------------
@@ -297,13 +320,14 @@ class VmIncoming:
 
     # -- driver qmp ------------------------------------------------------------------------------------------------
 
-    def _listen(self, ident: str) -> str:
+    def _listen(self, ident: str) -> dict:
         # One that was prepared before and never came is replaced.
         self._stop_waiting()
         job = {
             "side": "incoming", "id": ident, "vm": self.name, "engine": self.params["engine"], "config": self.params["config"],
             "enabled": self.params["enabled"], "address": self.params["address"], "port_min": self.params["port_min"], "port_max": self.params["port_max"],
-            "wait_s": self.params["arrival_timeout"],
+            "wait_s": self.params["arrival_timeout"], "ram": self.params["ram"], "token": self.params["token"],
+            "postcopy_bandwidth_mib_s": self.params["postcopy_bandwidth"], "recovery_timeout_s": self.params["recovery_timeout"],
         }  # fmt: skip
         start(job, self.state_dir)
         deadline = time.monotonic() + 120
@@ -311,7 +335,7 @@ class VmIncoming:
             record = read_record(self.state_dir, self.name, incoming=True)
             if record and record["id"] == ident:
                 if record["phase"] == "listening":
-                    return record["uri"]
+                    return {"uri": record["uri"], "ram": record.get("ram", [])}
                 if record["phase"] == "finished":
                     raise MigrationError(f"{self.name} can't be received: {record['reason']}")
             time.sleep(0.1)
@@ -344,7 +368,7 @@ class VmIncoming:
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True, required_if=[("driver", "qmp", ["config"])])
+    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True, required_if=[("driver", "qmp", ["config"]), ("engine", "remote_ram", ["token"])])
     try:
         result = VmIncoming(module).run()
     except (MigrationError, LibvirtError) as err:

@@ -469,7 +469,8 @@ class VmInfo:
             "cordon": cordon,
             "drivers": self.drivers,
             "engines": _host_facts.engines(
-                self.drivers, read_text("/proc/sys/vm/unprivileged_userfaultfd"), os.path.exists("/dev/userfaultfd"), self.libvirt_version),
+                self.drivers, read_text("/proc/sys/vm/unprivileged_userfaultfd"), os.path.exists("/dev/userfaultfd"), self.libvirt_version,
+                read_text("/proc/mounts") or "", rdma_devices()),
         }
 
     def qemu(self) -> dict:
@@ -493,6 +494,14 @@ class VmInfo:
         if not address:
             self.module.warn("this host has no default route and its name stands for no address; give migration_address")
         return address
+
+
+def rdma_devices() -> list:
+    """Names of this host's RDMA devices."""
+    try:
+        return sorted(os.listdir("/sys/class/infiniband"))
+    except FileNotFoundError:
+        return []
 
 
 def route_address() -> str | None:

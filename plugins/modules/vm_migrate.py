@@ -67,11 +67,13 @@ options:
       - V(precopy) copies memory until little enough is left, then switches.
       - V(userfault) copies memory for O(precopy_timeout) seconds, then switches, and the destination fetches what is missing on
         demand. A stream that breaks after the switch is taken up again by itself.
+      - V(remote_ram) does the same with the kernel module C(remote_ram) instead of QEMU, over RDMA. The virtual machine's memory has to
+        be files on a C(remote_ram) file system, see the role P(hecaton.fleet.remote_ram#role). Only for O(driver=qmp).
     type: str
-    choices: [precopy, userfault]
+    choices: [precopy, userfault, remote_ram]
     default: userfault
   precopy_timeout:
-    description: Seconds of pre-copy before the switch. Only for O(engine=userfault).
+    description: Seconds of pre-copy before the switch. Not for O(engine=precopy).
     type: float
     default: 30
   timeout:
@@ -159,6 +161,10 @@ options:
     description:
       - What M(hecaton.fleet.vm_incoming) returned as RV(hecaton.fleet.vm_incoming#module:incoming) on the destination. The action plugin sees to it.
     type: dict
+  token:
+    description:
+      - Secret that both sides of O(engine=remote_ram) have to know, 32 hexadecimal digits. The action plugin makes one.
+    type: str
 seealso:
   - module: hecaton.fleet.vm_info
   - module: hecaton.fleet.evacuation_plan
@@ -230,6 +236,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import 
     systemctl,
     vm_unit,
 )
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import is_serving, ram_blocks
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, abort_path, check_name, finish_stale, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
@@ -240,7 +247,7 @@ ARGUMENT_SPEC = {
     "destination": {"type": "str"},
     "source": {"type": "str"},
     "driver": {"type": "str", "choices": ["auto", "libvirt", "qmp"], "default": "auto"},
-    "engine": {"type": "str", "choices": ["precopy", "userfault"], "default": "userfault"},
+    "engine": {"type": "str", "choices": ["precopy", "userfault", "remote_ram"], "default": "userfault"},
     "precopy_timeout": {"type": "float", "default": 30},
     "timeout": {"type": "float", "default": 0},
     "bandwidth": {"type": "float", "default": 0},
@@ -261,6 +268,7 @@ ARGUMENT_SPEC = {
     "evacuation": {"type": "str"},
     "journal": {"type": "str"},
     "incoming": {"type": "dict"},
+    "token": {"type": "str", "no_log": True},
 }
 #: Least value of each number, and its greatest where there is one.
 RANGES = {
@@ -323,6 +331,9 @@ class VmMigrate:
         if found is not None and record and record["id"] and record["result"] == "failed" and self._halfway(found):
             self._resume()
             return
+        if found is None and self._serves(record):
+            self._resume()
+            return
         if found is None:
             if record and record["result"] == "moved" and record["to"] == destination:
                 self.result["already"] = True
@@ -356,14 +367,23 @@ class VmMigrate:
         except QmpError as err:
             raise MigrationError(f"the QEMU of {self.name} does not answer: {err}") from err
 
-    def _resume(self) -> None:
-        """Starts the unit again with the job it had."""
-        path = os.path.join(self.state_dir, "jobs", f"{self.name}.outgoing.json")
+    def _serves(self, record) -> bool:
+        """Whether the VM has left and RAM files on this host still serve it, with nobody to watch them."""
+        if not record or record["engine"] != "remote_ram" or record["result"] == "moved":
+            return False
+        return is_serving(self._job()["ram"])
+
+    def _job(self) -> dict:
+        """What the last migration was started with."""
         try:
-            with open(path) as handle:
-                job = json.load(handle)
+            with open(os.path.join(self.state_dir, "jobs", f"{self.name}.outgoing.json")) as handle:
+                return json.load(handle)
         except (OSError, ValueError) as err:
             raise MigrationError(f"{self.name} is halfway through a migration, and what it was started with can't be read: {err}") from err
+
+    def _resume(self) -> None:
+        """Starts the unit again with the job it had."""
+        job = self._job()
         self.result["changed"] = True
         if not self.module.check_mode:
             start({**job, "resume": True}, self.state_dir)
@@ -391,7 +411,17 @@ class VmMigrate:
         except OSError as err:
             raise MigrationError(f"{self.name} runs here, and its definition {config_path(self.name)} can't be read: {err.strerror}") from err
         enabled = systemctl("is-enabled", vm_unit(self.name), check=False) == "enabled"
-        return {"driver": "qmp", "config": config, "enabled": enabled}
+        return {"driver": "qmp", "config": config, "enabled": enabled, "ram": self._ram()}
+
+    def _ram(self) -> list:
+        """The VM's RAM files, for the engine that moves them."""
+        if self.params["engine"] != "remote_ram" or self.params["state"] != "migrated":
+            return []
+        try:
+            with QmpClient(agent_socket(self.name), timeout=10) as qmp:
+                return ram_blocks(qmp)
+        except QmpError as err:
+            raise MigrationError(f"the QEMU of {self.name} does not answer: {err}") from err
 
     def _find_libvirt(self):
         conn = connect(self.params["libvirt_uri"])
@@ -427,8 +457,12 @@ class VmMigrate:
         if found["driver"] == "libvirt":
             bracketed = f"[{address}]" if ":" in address else address
             job.update(destination_uri=params["destination_uri"].replace("{address}", bracketed), uri=f"tcp://{bracketed}", libvirt_uri=params["libvirt_uri"])
+            if params["engine"] == "remote_ram":
+                raise MigrationError(f"{self.name} is libvirt's, which can't leave RAM to the engine remote_ram; use userfault or precopy")
         else:
             job["uri"] = incoming["uri"]
+            if params["engine"] == "remote_ram":
+                job.update(ram=incoming["ram"], address=address, token=params["token"])
         try:
             os.unlink(abort_path(self.state_dir, self.name))
         except FileNotFoundError:

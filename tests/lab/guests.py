@@ -46,6 +46,7 @@ class Guest:
     cpu: str = "host"
     still: bool = False  # never let run: there to be looked at; driver qmp only
     before: str = ""  # what the host needs first, as a shell command
+    remote_ram: bool = False  # its memory is a file on the remote_ram file system; driver qmp only
 
     @property
     def uuid(self) -> str:
@@ -95,8 +96,11 @@ class Guest:
                 f" -drive file=nbd://{lab_module.STORAGE}:{lab_module.STORAGE_PORT}/{self.name},if=virtio,format=raw,cache=none"
                 f" -netdev bridge,id=net0,br=br0 -device virtio-net-pci,netdev=net0,mac={self.mac},romfile="
             )
+        memory = ""
+        if self.remote_ram:
+            memory = f",memory-backend=pc.ram -object memory-backend-file,id=pc.ram,mem-path=/run/remote_ram/{self.name}.ram,share=on,prealloc=off,size={self.memory_mib}M"
         return (
-            f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
+            f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off{memory} -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
             f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log"
             f",logappend=on -serial chardev:serial0{disk}{' -S' if self.still else ''} {self.extra_args}\"\n"
         )
@@ -129,6 +133,10 @@ SETS = {
               extra_args="-device virtio-scsi-pci -drive file=/dev/sg0,if=none,id=sg0,format=raw -device scsi-generic,drive=sg0"),
         Guest("cpu", "qmp", memory_mib=64, still=True, cpu="EPYC,+avx512f,enforce=off"),
         Guest("leaving", "qmp", memory_mib=64, still=True),
+    ),
+    "remote": (
+        Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
+        Guest("two", "qmp", memory_mib=160, words="dirty.mib=96 dirty.rate=8 dirty.pattern=hot dirty.report=1", remote_ram=True),
     ),
     "busy": (
         Guest("one", "qmp", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),
@@ -211,7 +219,7 @@ class Guests:
                 wanted "$vm" && todo="$todo $unit"; done
             [ -z "$todo" ] || {{ systemctl kill --signal=KILL $todo; systemctl stop $todo; systemctl reset-failed $todo; }} 2>/dev/null
             todo=; units=; for file in /etc/hecaton/vms/*.conf /run/hecaton/incoming/*.env /run/hecaton/reserved/*.json \\
-                /var/lib/hecaton/migrations/* /var/lib/hecaton/incoming/*.json /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml; do
+                /var/lib/hecaton/migrations/* /var/lib/hecaton/incoming/*.json /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml /run/remote_ram/*.ram; do
                 [ -e "$file" ] || continue; vm=${{file##*/}}; vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
                 case "$file" in *.conf) units="$units hecaton-vm@$vm";; esac; todo="$todo $file"; done
             [ -z "$units" ] || systemctl disable -q $units 2>/dev/null

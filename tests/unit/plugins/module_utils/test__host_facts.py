@@ -83,3 +83,18 @@ def test_post_copy_needs_userfaultfd_on_the_destination(drivers, unprivileged, d
     assert [blocker["code"] for blocker in engines["userfault"]["blockers"]] == ([code] if code else [])
     assert engines["userfault"]["usable"] is (code is None)
     assert engines["precopy"]["usable"] is True
+
+
+@pytest.mark.parametrize(
+    ("mounts", "devices", "codes"),
+    [
+        ("none /run/remote_ram remote_ram rw 0 0\n", ["siw0"], []),
+        ("tmpfs /run/remote_ram tmpfs rw 0 0\n", ["siw0"], ["remote_ram_missing"]),
+        ("none /run/remote_ram remote_ram rw 0 0\n", [], ["rdma_missing"]),
+        ("", None, ["remote_ram_missing", "rdma_missing"]),
+    ],
+)
+def test_remote_ram_needs_its_file_system_and_a_device(mounts, devices, codes):
+    engine = _host_facts.engines(["qmp"], "1", True, None, mounts, devices)["remote_ram"]
+    assert [blocker["code"] for blocker in engine["blockers"]] == codes
+    assert engine["usable"] is not bool(codes)

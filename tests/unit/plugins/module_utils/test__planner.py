@@ -51,9 +51,9 @@ def vm(name, memory=1024, **facts):
     }
 
 
-def engines(precopy=(), userfault=()):
+def engines(precopy=(), userfault=(), remote_ram=("RAM is elsewhere",)):
     """Engines of a VM, each with what keeps the VM from using it."""
-    found = {"precopy": precopy, "userfault": userfault}
+    found = {"precopy": precopy, "userfault": userfault, "remote_ram": remote_ram}
     return {name: {"usable": not messages, "blockers": [{"code": "hugetlb_memory", "message": text} for text in messages]} for name, messages in found.items()}
 
 
@@ -200,22 +200,31 @@ def test_a_vm_of_the_same_name_keeps_it_off_a_host_unless_it_is_its_own_definiti
 # engines
 
 
-def test_auto_prefers_userfault_and_says_why():
-    (move,) = plan_for([host("hv1", vms=[vm("web1")]), host("hv2")])["moves"]
-    assert (move["engine"], move["engine_reason"]) == ("userfault", "best engine that the VM and both hosts can use")
+def test_auto_prefers_remote_ram_where_the_vm_is_ready_for_it():
+    facts = [host("hv1", vms=[vm("web1", engines=engines(remote_ram=[])), vm("web2")]), host("hv2")]
+    moves = {move["vm"]: (move["engine"], move["engine_reason"]) for move in plan_for(facts)["moves"]}
+    assert moves["web1"] == ("remote_ram", "best engine that the VM and both hosts can use")
+    assert moves["web2"] == ("userfault", "not remote_ram: RAM is elsewhere")
+
+
+def test_remote_ram_needs_the_destination_too():
+    nothing = {"remote_ram": {"usable": False, "blockers": [{"code": "rdma_missing", "message": "there is no RDMA device"}]}}
+    facts = [host("hv1", vms=[vm("web1", engines=engines(remote_ram=[]))]), host("hv2", engines=nothing)]
+    (move,) = plan_for(facts)["moves"]
+    assert (move["engine"], move["engine_reason"]) == ("userfault", "not remote_ram: on hv2, there is no RDMA device")
 
 
 def test_auto_falls_back_to_precopy_and_says_why():
     guest = vm("web1", engines=engines(userfault=["RAM is not shareable"]))
     (move,) = plan_for([host("hv1", vms=[guest]), host("hv2")])["moves"]
-    assert (move["engine"], move["engine_reason"]) == ("precopy", "not userfault: RAM is not shareable")
+    assert (move["engine"], move["engine_reason"]) == ("precopy", "not remote_ram: RAM is elsewhere; not userfault: RAM is not shareable")
 
 
 def test_auto_minds_what_the_destination_can_not_do():
     no_userfault = {"userfault": {"usable": False, "blockers": [{"code": "no_destination", "message": "no userfaultfd"}]}}
     facts = [host("hv1", vms=[vm("web1")]), host("hv2", engines=no_userfault)]
     (move,) = plan_for(facts)["moves"]
-    assert (move["engine"], move["engine_reason"]) == ("precopy", "not userfault: on hv2, no userfaultfd")
+    assert (move["engine"], move["engine_reason"]) == ("precopy", "not remote_ram: RAM is elsewhere; not userfault: on hv2, no userfaultfd")
     assert "no userfaultfd" in message(plan_for(facts, engine="userfault"), "web1", "no_destination")
 
 

@@ -47,7 +47,11 @@ def test_a_domain_without_ties_can_leave_by_every_engine():
     vm = domain("web1")
     assert sorted(vm) == sorted(FIELDS)
     assert vm["blockers"] == []
-    assert vm["engines"] == {"precopy": {"usable": True, "blockers": []}, "userfault": {"usable": True, "blockers": []}}
+    assert {name: (engine["usable"], [entry["code"] for entry in engine["blockers"]]) for name, engine in vm["engines"].items()} == {
+        "precopy": (True, []),
+        "userfault": (True, []),
+        "remote_ram": (False, ["driver_unsupported"]),
+    }
 
 
 def test_the_facts_of_a_domain():
