@@ -160,7 +160,7 @@ class Guests:
         def prepare(host):
             self.lab.put(host, tiny, f"{FILES}/tiny.cpio", before=before)
 
-        lab_module.each(prepare, lab_module.HOSTS)
+        lab_module.each(prepare, [host for host in lab_module.HOSTS if self.lab.running(host)])
 
     def deploy(self, guests, host: str) -> None:
         """Defines and starts guests on a host, and waits until each is up. Traces of earlier ones are removed first."""
