@@ -1218,5 +1218,5 @@ void rram_source_stats(struct rram_session *s, struct rram_stats *st)
 		(st->keys - st->keys_retired + src->nr_retired) *
 		(sizeof(struct rram_chunk) + RRAM_CHUNK_PAGES *
 		 (sizeof(struct page *) +
-		  (s->dev && !ib_uses_virt_dma(s->dev) ? sizeof(dma_addr_t) : 0)));
+		  (READ_ONCE(s->virt_dma) ? 0 : sizeof(dma_addr_t))));
 }

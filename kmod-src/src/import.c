@@ -495,7 +495,8 @@ static int rram_pull(struct rram_session *s, unsigned long first,
  */
 static void rram_patience(struct rram_session *s)
 {
-	if (READ_ONCE(s->aborted) || !rram_check_link(s))
+	if (READ_ONCE(s->aborted) || READ_ONCE(s->evicted) ||
+	    !rram_check_link(s))
 		rram_break(s);
 }
 

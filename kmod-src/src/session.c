@@ -202,7 +202,8 @@ static bool rram_messages(struct rram_session *s)
 static void rram_lost_link(struct rram_session *s)
 {
 	enum rram_state state = rram_get_state(s, NULL);
-	bool gone = s->link[RRAM_LINK_URGENT].reason == RRAM_REASON_DEVICE ||
+	bool gone = READ_ONCE(s->evicted) ||
+		    s->link[RRAM_LINK_URGENT].reason == RRAM_REASON_DEVICE ||
 		    s->link[RRAM_LINK_BULK].reason == RRAM_REASON_DEVICE;
 
 	rram_unlink(s);
@@ -248,6 +249,15 @@ static bool rram_turn(struct rram_session *s)
 		}
 		if (!rram_check_link(s) || s->broken)
 			rram_lost_link(s);
+	}
+	if (READ_ONCE(s->evicted)) {
+		if (s->linked) {
+			rram_lost_link(s);
+		} else {
+			/* Keys and their pages may have outlived a connection. */
+			rram_unlink(s);
+			rram_leave_device(s);
+		}
 	}
 	state = rram_get_state(s, NULL);
 	if (state == RRAM_STATE_RECONNECTING) {
@@ -379,6 +389,7 @@ int rram_session_start(struct rram_session *s)
 		s->thread = NULL;
 		return err;
 	}
+	rram_list_session(s);
 	rcu_assign_pointer(f->session, s);
 	rram_debug_add(s);
 	wake_up_process(s->thread);
@@ -399,6 +410,7 @@ void rram_session_end(struct rram_file *f)
 	WRITE_ONCE(s->aborted, true);
 	rram_poke(s);
 	kthread_stop(s->thread);
+	rram_unlist_session(s);
 	RCU_INIT_POINTER(f->session, NULL);
 	rram_wake_pages(f);
 	wake_up_all(&s->changed);
