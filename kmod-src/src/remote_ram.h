@@ -214,6 +214,7 @@ struct rram_dest;
  * @reason: enum rram_reason
  * @aborted: somebody asked for an end
  * @taken_back: it was RRAM_IOC_TAKE_BACK
+ * @over: the thread has given up everything
  * @thread: does all that is not done in a fault or a completion
  * @wake: where @thread sleeps
  * @poke: there is something for it to do
@@ -261,6 +262,7 @@ struct rram_session {
 	enum rram_reason reason;
 	bool aborted;
 	bool taken_back;
+	bool over;
 	struct task_struct *thread;
 	wait_queue_head_t wake;
 	atomic_t poke;

@@ -269,11 +269,26 @@ static bool rram_turn(struct rram_session *s)
 	return more;
 }
 
+/* Tells the peer that this side has given up, if that is possible. */
+static void rram_say_abort(struct rram_session *s)
+{
+	struct rram_msg_abort *m;
+	struct rram_buf *b;
+
+	if (!s->linked || !rram_can_send(s))
+		return;
+	b = rram_msg_new(s, RRAM_MSG_ABORT);
+	m = b->data;
+	m->reason = cpu_to_le32(RRAM_REASON_ABORTED);
+	rram_msg_send(s, b, sizeof(*m));
+	rram_msg_flush(s);
+}
+
 static int rram_thread(void *data)
 {
 	struct rram_session *s = data;
 	enum rram_state state;
-	bool more = false;
+	bool more = false, said = false;
 
 	if (s->role == RRAM_ROLE_SOURCE) {
 		rram_connect(s);
@@ -295,17 +310,8 @@ static int rram_thread(void *data)
 		if (rram_ended(state))
 			break;
 		if (READ_ONCE(s->aborted)) {
-			struct rram_buf *b;
-
-			if (s->linked && rram_can_send(s)) {
-				struct rram_msg_abort *m;
-
-				b = rram_msg_new(s, RRAM_MSG_ABORT);
-				m = b->data;
-				m->reason = cpu_to_le32(RRAM_REASON_ABORTED);
-				rram_msg_send(s, b, sizeof(*m));
-				rram_msg_flush(s);
-			}
+			rram_say_abort(s);
+			said = true;
 			if (s->taken_back)
 				rram_set_state(s, RRAM_STATE_FAILED,
 					       RRAM_REASON_ABORTED);
@@ -316,6 +322,9 @@ static int rram_thread(void *data)
 		more = rram_turn(s);
 		cond_resched();
 	}
+	/* A peer that has switched meanwhile must learn that it must not run. */
+	if (!said && rram_get_state(s, NULL) == RRAM_STATE_FAILED)
+		rram_say_abort(s);
 	/* Said goodbye, aborted, or about to be destroyed. */
 	if (s->linked)
 		rram_msg_flush(s);
@@ -330,6 +339,8 @@ static int rram_thread(void *data)
 	else if (!rram_ended(rram_get_state(s, NULL)))
 		rram_set_state(s, RRAM_STATE_FAILED, RRAM_REASON_ABORTED);
 	rram_wake_pages(s->f);
+	smp_store_release(&s->over, true);
+	wake_up_all(&s->changed);
 	while (!kthread_should_stop())
 		wait_event_interruptible(s->wake, kthread_should_stop());
 	return 0;
