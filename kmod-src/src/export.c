@@ -532,6 +532,7 @@ int rram_source_precopy(struct rram_session *s, struct rram_precopy_args *a)
 	}
 	s->state = RRAM_STATE_PRECOPY;
 	spin_unlock(&s->state_lock);
+	wake_up_all(&s->changed);
 	rram_poke(s);
 	return 0;
 }
@@ -806,6 +807,7 @@ int rram_source_switch(struct rram_session *s, struct rram_switch_args *a)
 	src->final_begun = ktime_get();
 	src->swtch = RRAM_SWITCH_WANTED;
 	spin_unlock(&s->state_lock);
+	wake_up_all(&s->changed);
 	rram_poke(s);
 	err = rram_wait_state(s, BIT(RRAM_STATE_POSTCOPY) |
 				 BIT(RRAM_STATE_RECONNECTING), ms);
@@ -826,6 +828,8 @@ int rram_source_switch(struct rram_session *s, struct rram_switch_args *a)
 	a->reason = reason;
 	wake_up_all(&s->changed);
 	rram_poke(s);
+	/* The VM goes on when this returns: by then the file is as it was. */
+	wait_event_killable(s->changed, smp_load_acquire(&s->over));
 	if (reason == RRAM_REASON_TIMEOUT)
 		return -ETIMEDOUT;
 	return reason == RRAM_REASON_ABORTED ? -ECANCELED : -ECONNRESET;
@@ -1218,5 +1222,5 @@ void rram_source_stats(struct rram_session *s, struct rram_stats *st)
 		(st->keys - st->keys_retired + src->nr_retired) *
 		(sizeof(struct rram_chunk) + RRAM_CHUNK_PAGES *
 		 (sizeof(struct page *) +
-		  (s->dev && !ib_uses_virt_dma(s->dev) ? sizeof(dma_addr_t) : 0)));
+		  (READ_ONCE(s->virt_dma) ? 0 : sizeof(dma_addr_t))));
 }

@@ -61,6 +61,7 @@ struct rram_key {
  * @order_lock: @order, against faults
  * @demand: demand READs under way
  * @told_at: when the source was last told how things stand
+ * @said: it was told on this connection that all is in
  * @bye: the source knows that all is in
  * @ended_at: when all was in
  * @rate: bytes a second of late
@@ -88,6 +89,7 @@ struct rram_dest {
 	spinlock_t order_lock;	/* order, against faults */
 	atomic_t demand;
 	unsigned long told_at;
+	bool said;
 	bool bye;
 	unsigned long ended_at;
 	u64 rate;
@@ -495,7 +497,8 @@ static int rram_pull(struct rram_session *s, unsigned long first,
  */
 static void rram_patience(struct rram_session *s)
 {
-	if (READ_ONCE(s->aborted) || !rram_check_link(s))
+	if (READ_ONCE(s->aborted) || READ_ONCE(s->evicted) ||
+	    !rram_check_link(s))
 		rram_break(s);
 }
 
@@ -1052,7 +1055,7 @@ static void rram_dest_complete(struct rram_session *s)
 	s->dst->ended_at = jiffies;
 	rram_set_state(s, RRAM_STATE_COMPLETE, RRAM_REASON_NONE);
 	rram_tell(s);
-	rram_say(s, RRAM_MSG_COMPLETE);
+	s->dst->said = rram_say(s, RRAM_MSG_COMPLETE);
 	rram_wake_pages(f);
 }
 
@@ -1066,6 +1069,9 @@ bool rram_dest_step(struct rram_session *s)
 	rram_dest_measure(s->dst);
 	rram_confirm(s);
 	rram_ask_for_keys(s);
+	/* There may have been no room for it when all was in. */
+	if (state == RRAM_STATE_COMPLETE && !s->dst->said)
+		s->dst->said = rram_say(s, RRAM_MSG_COMPLETE);
 	if (state == RRAM_STATE_CONNECTED && !s->dst->freezing)
 		more = rram_offers_step(s);
 	if (state == RRAM_STATE_POSTCOPY) {
@@ -1095,7 +1101,7 @@ void rram_dest_linked(struct rram_session *s)
 	if (rram_get_state(s, NULL) != RRAM_STATE_COMPLETE)
 		return;
 	rram_tell(s);
-	rram_say(s, RRAM_MSG_COMPLETE);
+	s->dst->said = rram_say(s, RRAM_MSG_COMPLETE);
 }
 
 /* The connection is down, and with it all keys and all that was under way. */

@@ -437,6 +437,77 @@ void rram_msg_done(struct rram_session *s, struct rram_buf *b)
 			      sizeof(struct rram_msg));
 }
 
+/* -- Devices --------------------------------------------------------------- */
+
+/* Sessions, for a device that goes: one may keep things on it without a link. */
+static LIST_HEAD(rram_sessions);
+static DEFINE_SPINLOCK(rram_sessions_lock);	/* and rram_session.dev */
+static DECLARE_WAIT_QUEUE_HEAD(rram_sessions_wait);
+
+static int rram_device_add(struct ib_device *dev);
+static void rram_device_remove(struct ib_device *dev, void *data);
+
+static struct ib_client rram_client = {
+	.name = "remote_ram",
+	.add = rram_device_add,
+	.remove = rram_device_remove,
+};
+
+static int rram_device_add(struct ib_device *dev)
+{
+	/* As long as this is set the device may be used. */
+	ib_set_client_data(dev, &rram_client, dev);
+	return 0;
+}
+
+/* Whether no session is on a device; those that are, are told to leave. */
+static bool rram_device_idle(struct ib_device *dev)
+{
+	struct rram_session *s;
+	bool idle = true;
+
+	spin_lock(&rram_sessions_lock);
+	list_for_each_entry(s, &rram_sessions, sessions) {
+		if (s->dev != dev)
+			continue;
+		idle = false;
+		WRITE_ONCE(s->evicted, true);
+		rram_poke(s);
+	}
+	spin_unlock(&rram_sessions_lock);
+	return idle;
+}
+
+static void rram_device_remove(struct ib_device *dev, void *data)
+{
+	ib_set_client_data(dev, &rram_client, NULL);
+	wait_event(rram_sessions_wait, rram_device_idle(dev));
+}
+
+void rram_list_session(struct rram_session *s)
+{
+	spin_lock(&rram_sessions_lock);
+	list_add(&s->sessions, &rram_sessions);
+	spin_unlock(&rram_sessions_lock);
+}
+
+void rram_unlist_session(struct rram_session *s)
+{
+	spin_lock(&rram_sessions_lock);
+	list_del(&s->sessions);
+	spin_unlock(&rram_sessions_lock);
+}
+
+int rram_link_init(void)
+{
+	return ib_register_client(&rram_client);
+}
+
+void rram_link_exit(void)
+{
+	ib_unregister_client(&rram_client);
+}
+
 /* -- Connections ---------------------------------------------------------- */
 
 /* Gives up all that is kept on a device between two connections. */
@@ -448,26 +519,50 @@ void rram_leave_device(struct rram_session *s)
 		rram_source_drop(s);
 	ib_dealloc_pd(s->pd);
 	s->pd = NULL;
+	spin_lock(&rram_sessions_lock);
 	s->dev = NULL;
+	WRITE_ONCE(s->evicted, false);
+	spin_unlock(&rram_sessions_lock);
+	wake_up_all(&rram_sessions_wait);
 }
 
 /* Sees to it that there is a protection domain on the device. */
 static int rram_use_device(struct rram_session *s, struct ib_device *dev)
 {
+	unsigned int kind;
+	bool usable;
+
 	if (s->pd && s->dev == dev)
 		return 0;
+	/* Both links are on one device, or a queue pair would lose its domain. */
+	for (kind = 0; kind < RRAM_LINKS; kind++)
+		if (s->pd && s->link[kind].id && s->link[kind].id->qp)
+			return -EXDEV;
 	rram_leave_device(s);
 	if (!(dev->attrs.device_cap_flags & IB_DEVICE_MEM_MGT_EXTENSIONS) ||
 	    !dev->attrs.max_qp_rd_atom)
 		return -EOPNOTSUPP;
+	spin_lock(&rram_sessions_lock);
+	usable = ib_get_client_data(dev, &rram_client);
+	if (usable) {
+		s->dev = dev;
+		WRITE_ONCE(s->evicted, false);
+	}
+	spin_unlock(&rram_sessions_lock);
+	if (!usable)
+		return -ENODEV;		/* it is being removed */
+	s->virt_dma = ib_uses_virt_dma(dev);
 	s->pd = ib_alloc_pd(dev, 0);
 	if (IS_ERR(s->pd)) {
 		int err = PTR_ERR(s->pd);
 
 		s->pd = NULL;
+		spin_lock(&rram_sessions_lock);
+		s->dev = NULL;
+		spin_unlock(&rram_sessions_lock);
+		wake_up_all(&rram_sessions_wait);
 		return err;
 	}
-	s->dev = dev;
 	return 0;
 }
 
@@ -610,7 +705,8 @@ static int rram_await_stage(struct rram_link *l, int stage)
 		/* Pairs with rram_link_note(): then the reason is there. */
 		if (smp_load_acquire(&l->failed))
 			return -ECONNREFUSED;
-		if (READ_ONCE(s->aborted) || time_after(jiffies, end)) {
+		if (READ_ONCE(s->aborted) || READ_ONCE(s->evicted) ||
+		    time_after(jiffies, end)) {
 			l->reason = RRAM_REASON_TIMEOUT;
 			return -ETIMEDOUT;
 		}

@@ -24,15 +24,22 @@ static int __init rram_init(void)
 	int err;
 
 	rram_debug_init();
-	err = rram_fs_init();
+	err = rram_link_init();
 	if (err)
-		rram_debug_exit();
+		goto debug;
+	err = rram_fs_init();
+	if (!err)
+		return 0;
+	rram_link_exit();
+debug:
+	rram_debug_exit();
 	return err;
 }
 
 static void __exit rram_exit(void)
 {
 	rram_fs_exit();
+	rram_link_exit();
 	rram_debug_exit();
 	/* Sessions are freed after a grace period. */
 	rcu_barrier();

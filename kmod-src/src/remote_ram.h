@@ -214,6 +214,7 @@ struct rram_dest;
  * @reason: enum rram_reason
  * @aborted: somebody asked for an end
  * @taken_back: it was RRAM_IOC_TAKE_BACK
+ * @over: the thread has given up everything
  * @thread: does all that is not done in a fault or a completion
  * @wake: where @thread sleeps
  * @poke: there is something for it to do
@@ -221,7 +222,10 @@ struct rram_dest;
  * @net: network namespace of whoever made the session
  * @args: what the session was made with, defaults filled in
  * @epoch: number of the connection
- * @dev: device of the connection
+ * @sessions: in the list of those that a device has to ask before it goes
+ * @dev: device of the connection, or of the one before
+ * @evicted: it goes away, and all on it has to be given up
+ * @virt_dma: it sees memory as we do
  * @pd: protection domain; nothing else is in it
  * @listener: destination: identifier that listens
  * @deaf: its device has gone
@@ -258,6 +262,7 @@ struct rram_session {
 	enum rram_reason reason;
 	bool aborted;
 	bool taken_back;
+	bool over;
 	struct task_struct *thread;
 	wait_queue_head_t wake;
 	atomic_t poke;
@@ -266,7 +271,10 @@ struct rram_session {
 	struct rram_session_args args;
 	u32 epoch;
 
+	struct list_head sessions;
 	struct ib_device *dev;
+	bool evicted;
+	bool virt_dma;
 	struct ib_pd *pd;
 	struct rdma_cm_id *listener;
 	bool deaf;
@@ -347,6 +355,10 @@ void rram_wake_pages(struct rram_file *f);
 void rram_wake_page(struct rram_file *f, unsigned long index);
 
 /* link.c */
+int rram_link_init(void);
+void rram_link_exit(void);
+void rram_list_session(struct rram_session *s);
+void rram_unlist_session(struct rram_session *s);
 bool rram_needs_sink_key(struct ib_device *dev);
 int rram_listen(struct rram_session *s);
 void rram_unlisten(struct rram_session *s);

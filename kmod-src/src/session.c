@@ -202,7 +202,8 @@ static bool rram_messages(struct rram_session *s)
 static void rram_lost_link(struct rram_session *s)
 {
 	enum rram_state state = rram_get_state(s, NULL);
-	bool gone = s->link[RRAM_LINK_URGENT].reason == RRAM_REASON_DEVICE ||
+	bool gone = READ_ONCE(s->evicted) ||
+		    s->link[RRAM_LINK_URGENT].reason == RRAM_REASON_DEVICE ||
 		    s->link[RRAM_LINK_BULK].reason == RRAM_REASON_DEVICE;
 
 	rram_unlink(s);
@@ -249,6 +250,15 @@ static bool rram_turn(struct rram_session *s)
 		if (!rram_check_link(s) || s->broken)
 			rram_lost_link(s);
 	}
+	if (READ_ONCE(s->evicted)) {
+		if (s->linked) {
+			rram_lost_link(s);
+		} else {
+			/* Keys and their pages may have outlived a connection. */
+			rram_unlink(s);
+			rram_leave_device(s);
+		}
+	}
 	state = rram_get_state(s, NULL);
 	if (state == RRAM_STATE_RECONNECTING) {
 		if (rram_patience_is_over(s))
@@ -259,11 +269,26 @@ static bool rram_turn(struct rram_session *s)
 	return more;
 }
 
+/* Tells the peer that this side has given up, if that is possible. */
+static void rram_say_abort(struct rram_session *s)
+{
+	struct rram_msg_abort *m;
+	struct rram_buf *b;
+
+	if (!s->linked || !rram_can_send(s))
+		return;
+	b = rram_msg_new(s, RRAM_MSG_ABORT);
+	m = b->data;
+	m->reason = cpu_to_le32(RRAM_REASON_ABORTED);
+	rram_msg_send(s, b, sizeof(*m));
+	rram_msg_flush(s);
+}
+
 static int rram_thread(void *data)
 {
 	struct rram_session *s = data;
 	enum rram_state state;
-	bool more = false;
+	bool more = false, said = false;
 
 	if (s->role == RRAM_ROLE_SOURCE) {
 		rram_connect(s);
@@ -285,17 +310,8 @@ static int rram_thread(void *data)
 		if (rram_ended(state))
 			break;
 		if (READ_ONCE(s->aborted)) {
-			struct rram_buf *b;
-
-			if (s->linked && rram_can_send(s)) {
-				struct rram_msg_abort *m;
-
-				b = rram_msg_new(s, RRAM_MSG_ABORT);
-				m = b->data;
-				m->reason = cpu_to_le32(RRAM_REASON_ABORTED);
-				rram_msg_send(s, b, sizeof(*m));
-				rram_msg_flush(s);
-			}
+			rram_say_abort(s);
+			said = true;
 			if (s->taken_back)
 				rram_set_state(s, RRAM_STATE_FAILED,
 					       RRAM_REASON_ABORTED);
@@ -306,6 +322,9 @@ static int rram_thread(void *data)
 		more = rram_turn(s);
 		cond_resched();
 	}
+	/* A peer that has switched meanwhile must learn that it must not run. */
+	if (!said && rram_get_state(s, NULL) == RRAM_STATE_FAILED)
+		rram_say_abort(s);
 	/* Said goodbye, aborted, or about to be destroyed. */
 	if (s->linked)
 		rram_msg_flush(s);
@@ -320,6 +339,8 @@ static int rram_thread(void *data)
 	else if (!rram_ended(rram_get_state(s, NULL)))
 		rram_set_state(s, RRAM_STATE_FAILED, RRAM_REASON_ABORTED);
 	rram_wake_pages(s->f);
+	smp_store_release(&s->over, true);
+	wake_up_all(&s->changed);
 	while (!kthread_should_stop())
 		wait_event_interruptible(s->wake, kthread_should_stop());
 	return 0;
@@ -379,6 +400,7 @@ int rram_session_start(struct rram_session *s)
 		s->thread = NULL;
 		return err;
 	}
+	rram_list_session(s);
 	rcu_assign_pointer(f->session, s);
 	rram_debug_add(s);
 	wake_up_process(s->thread);
@@ -399,6 +421,7 @@ void rram_session_end(struct rram_file *f)
 	WRITE_ONCE(s->aborted, true);
 	rram_poke(s);
 	kthread_stop(s->thread);
+	rram_unlist_session(s);
 	RCU_INIT_POINTER(f->session, NULL);
 	rram_wake_pages(f);
 	wake_up_all(&s->changed);
