@@ -10,7 +10,7 @@ HOST ?= hv1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule bench clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule bench bench-planner bench-engines clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -62,8 +62,14 @@ molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacua
 	  PATH="$$venv/bin:$$PATH" ANSIBLE_COLLECTIONS_PATH="$(CURDIR)/build/collections" HECATON_CHECKOUT="$(CURDIR)" \
 	  molecule --base-config molecule/config.yml test --scenario-name $(SCENARIO)
 
-bench: ## Measure the planner (time, and packing against the optimum)
+bench: bench-planner bench-engines ## Measure the planner, and the engines in the lab
+
+bench-planner: ## Measure the planner (time, and packing against the optimum)
 	@venv=$$($(PYTHON) tests/devenv.py) && "$$venv/bin/python" tests/bench/planner.py $(ARGS)
+
+bench-engines: collection ## Measure the engines in turn on the same VM, in the lab
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/bench/engines.py $(ARGS)
 
 clean: ## Remove what was built in this checkout; the cache stays
 	@rm -rf build

@@ -33,6 +33,7 @@ PACKAGES = {
         "qemu-system-x86": "command qemu-system-x86_64",
         "qemu-utils": "command qemu-img",
         "uidmap": "command newuidmap",
+        "util-linux": "command unshare",
         "vde2": "command vde_switch",
         "zstd": "command zstd",
     },

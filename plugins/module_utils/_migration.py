@@ -19,7 +19,7 @@ import uuid
 STATE_DIR = "/var/lib/hecaton"
 MAX_SAMPLES = 600
 #: Names of VMs become names of files and units.
-NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$")
+NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")
 
 
 class MigrationError(Exception):
@@ -33,7 +33,7 @@ class Aborted(MigrationError):
 def check_name(name: str) -> str:
     """:raises MigrationError: the name can't name a file and a unit."""
     if not NAME.fullmatch(name):
-        raise MigrationError(f"VM name {name!r} has characters that cannot be part of a unit's name; allowed are letters, digits and _ . + -")
+        raise MigrationError(f"VM name {name!r} has characters that cannot be part of a unit's name; allowed are letters, digits and _ . -")
     return name
 
 

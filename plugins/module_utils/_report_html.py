@@ -595,6 +595,8 @@ def _table(report: dict) -> str:
     if not report["vms"]:
         return ""
     columns = [column for column in COLUMNS if any(vm[column[0]] is not None for vm in report["vms"])]
+    if all(vm["location"] == vm["to"] for vm in report["vms"]):
+        columns = [column for column in columns if column[0] != "location"]  # it would say the same twice
     heads = "".join(f'<th role="columnheader" scope="col"{NUM if shown else ""}>{heading}</th>'
                     for _key, heading, shown in (("", "VM", None), ("", "Result", None), *columns))
     body = "".join(_table_rows(report, vm, columns) for vm in report["vms"])
@@ -629,6 +631,8 @@ def _hosts(report: dict) -> str:
             arrived[vm["location"]] = arrived.get(vm["location"], 0) + 1
     rows = []
     for host in report["plan"].get("hosts", []):
+        if host["name"] == report["host"] and not _back(report):
+            continue
         name = _name(host["name"])
         if not host.get("usable", True):
             name += f"<small>not used: {_text(host.get('reason') or 'no reason given')}</small>"
@@ -750,7 +754,7 @@ th,td{padding:6px 9px;vertical-align:top}th:first-child,td:first-child{padding-l
 td.num{white-space:nowrap}.figures tbody tr,.vms tbody{border-top:1px solid var(--line)}
 .vms th[scope=row]{min-width:120px}.figures th[scope=row]{min-width:120px}.figures td,.figures thead th{padding:6px}.figures th:first-child{padding-left:0}
 th[scope=row] small{display:block;font-weight:400;color:var(--soft)}
-thead th{overflow-wrap:normal}.vms td:not(.num):not([colspan]){min-width:74px}.vms td[data-field=engine]{min-width:90px}
+thead th{overflow-wrap:normal}.vms td:not(.num):not([colspan]){min-width:74px}.vms td[data-field=engine]{white-space:nowrap}
 .vms td,.vms th{padding:7px 6px}.vms th:first-child{padding-left:0}.vms thead th{padding-bottom:4px}
 .vms .why td{padding:0 0 8px;color:var(--soft)}
 @media (max-width:1000px){%vms%}

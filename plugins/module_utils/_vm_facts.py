@@ -16,6 +16,7 @@ import shlex
 from xml.etree import ElementTree
 
 from ansible_collections.hecaton.fleet.plugins.module_utils._host_facts import Storage, blocker
+from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, check_name
 
 # The namespace of what a libvirt domain's <metadata> says to this collection.
 METADATA_NAMESPACE = "urn:hecaton:fleet:vm"
@@ -59,6 +60,10 @@ _ENCRYPTED = ("sev-guest", "sev-snp-guest", "tdx-guest", "pef-guest", "s390-pv-g
 def blockers(vm: dict) -> list[dict]:
     """What keeps a VM from leaving its host by any engine."""
     found = []
+    try:
+        check_name(vm["name"])
+    except MigrationError as err:
+        found.append(blocker("bad_name", f"{err}; rename the VM"))
     if vm["state"] in ("shutoff", "crashed"):
         found.append(blocker("not_running", vm.get("state_reason") or f"the VM is not running (its state is {vm['state']}), so it can't move live"))
     elif vm["job"] in ("migration_in", "migration_out") or vm["state"] == "incoming":

@@ -73,8 +73,9 @@ class Guest:
         devices = ""
         if self.kind == "valkey":
             devices = (
+                # An emulated host may be late: a connection to the storage that broke is made again, and the guest waits for it.
                 "<disk type='network' device='disk'><driver name='qemu' type='raw' cache='none'/>"
-                f"<source protocol='nbd' name='{self.name}'><host name='{lab_module.STORAGE}' port='{lab_module.STORAGE_PORT}'/></source>"
+                f"<source protocol='nbd' name='{self.name}'><host name='{lab_module.STORAGE}' port='{lab_module.STORAGE_PORT}'/><reconnect delay='60'/></source>"
                 "<target dev='vda' bus='virtio'/></disk>"
                 f"<interface type='bridge'><source bridge='br0'/><mac address='{self.mac}'/><model type='virtio'/><rom enabled='no'/></interface>"
             )
@@ -93,7 +94,7 @@ class Guest:
         disk = ""
         if self.kind == "valkey":
             disk = (
-                f" -drive file=nbd://{lab_module.STORAGE}:{lab_module.STORAGE_PORT}/{self.name},if=virtio,format=raw,cache=none"
+                f" -drive file=nbd://{lab_module.STORAGE}:{lab_module.STORAGE_PORT}/{self.name},if=virtio,format=raw,cache=none,file.reconnect-delay=60"
                 f" -netdev bridge,id=net0,br=br0 -device virtio-net-pci,netdev=net0,mac={self.mac},romfile="
             )
         memory = ""
@@ -137,6 +138,10 @@ SETS = {
     "remote": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
         Guest("two", "qmp", memory_mib=160, words="dirty.mib=96 dirty.rate=8 dirty.pattern=hot dirty.report=1", remote_ram=True),
+    ),
+    "bench": tuple(
+        Guest(f"bench-{driver}", driver, memory_mib=160, words="dirty.mib=64 dirty.rate=6 dirty.pattern=random dirty.tick=50 dirty.report=1 dirty.sweep=30")
+        for driver in ("qmp", "libvirt")
     ),
     "busy": (
         Guest("one", "qmp", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),

@@ -9,54 +9,27 @@ is written last: a build that was interrupted is built again.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import devenv  # noqa: E402
+
 SUITE = "trixie"
 HOST_DISK_MIB = 8192
 GUEST_DISK_MIB = 768
 
-# What has to be installed on the machine that runs the lab: (command, Debian package).
-TOOLS = (
-    ("qemu-system-x86_64", "qemu-system-x86"),
-    ("qemu-img", "qemu-utils"),
-    ("mmdebstrap", "mmdebstrap"),
-    ("mke2fs", "e2fsprogs"),
-    ("nbdkit", "nbdkit"),
-    ("vde_switch", "vde2"),
-    ("ssh", "openssh-client"),
-    ("ssh-keygen", "openssh-client"),
-    ("gcc", "gcc"),
-    ("cpio", "cpio"),
-)
-USER_TOOLS = (("newuidmap", "uidmap"), ("unshare", "util-linux"))
-
 
 class LabError(Exception):
     """Something the person who runs the lab can act on; the message says what."""
-
-
-def cache_root() -> pathlib.Path:
-    """The cache of images, outside the repository: $HECATON_LAB_CACHE, else $XDG_CACHE_HOME/hecaton."""
-    given = os.environ.get("HECATON_LAB_CACHE")
-    base = pathlib.Path(given) if given else pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "hecaton"
-    base.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return base
-
-
-def missing_tools() -> list:
-    """Debian packages that are missing on this machine, in the order of TOOLS."""
-    tools = TOOLS if os.geteuid() == 0 else TOOLS + USER_TOOLS
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return list(dict.fromkeys(package for command, package in tools if not shutil.which(command, path=path)))
 
 
 def digest(*parts) -> str:
@@ -73,22 +46,17 @@ def digest(*parts) -> str:
     return total.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def locked(path: pathlib.Path):
-    """Holds an exclusive lock file, so that two runs don't build the same thing."""
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def entry(kind: str, key: str, build) -> pathlib.Path:
     """The cache folder for (kind, key), made by ``build(folder)`` if it isn't there and whole.
 
     Only the newest three keys of a kind are kept.
     """
-    root = cache_root()
+    root = devenv.cache()
     folder = root / f"{kind}-{key}"
-    with locked(root / f"{kind}.lock"):
+    with devenv.locked(root / f"{kind}.lock"):
+        # We have the lock, so nobody builds one of this kind: these were interrupted, and what they had started went on writing.
+        for stale in root.glob(f"{kind}-*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
         if whole(folder):
             os.utime(folder)
             return folder

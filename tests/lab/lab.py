@@ -23,9 +23,11 @@ import tempfile
 import threading
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent), str(pathlib.Path(__file__).resolve().parent.parent)]
 
+import devenv
 import image
+import needs
 from image import LabError
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -134,7 +136,7 @@ def accelerator() -> str:
     nested = [p for p in ("/sys/module/kvm_intel/parameters/nested", "/sys/module/kvm_amd/parameters/nested") if os.path.exists(p)]
     if not any(pathlib.Path(p).read_text().strip() in ("1", "Y") for p in nested):
         return "tcg"
-    known = image.cache_root() / f"accelerator-{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    known = devenv.cache() / f"accelerator-{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     if known.exists():
         return known.read_text().strip()
     kernel = image.host_image() / "vmlinuz"
@@ -230,11 +232,11 @@ class Lab:
 
     def up(self) -> None:
         """Starts what isn't running; a lab that is up already is left as it is."""
-        missing = image.missing_tools()
+        missing = needs.missing("lab")
         if missing:
             raise LabError(f"the lab needs Debian packages that are not installed: apt-get install -y --no-install-recommends {' '.join(missing)}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with image.locked(self.folder / ".lock"):
+        with devenv.locked(self.folder / ".lock"):
             if self.state and not Process.alive(self.state.get("hub")):
                 self._clear()
             absent = [name for name in HOSTS if not self.running(name)]
@@ -260,7 +262,7 @@ class Lab:
 
     def down(self) -> None:
         if self.folder.exists():
-            with image.locked(self.folder / ".lock"):
+            with devenv.locked(self.folder / ".lock"):
                 self._clear()
             shutil.rmtree(self.folder, ignore_errors=True)
 

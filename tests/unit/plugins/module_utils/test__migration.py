@@ -34,12 +34,12 @@ def request_abort(folder):
     pathlib.Path(_migration.abort_path(folder, "web1")).touch()
 
 
-@pytest.mark.parametrize("name", ["web1", "a", "_x", "db-1.example.org", "a+b", "x" * 100])
+@pytest.mark.parametrize("name", ["web1", "a", "_x", "db-1.example.org", "x" * 100])
 def test_a_name_that_can_name_a_file_is_taken(name):
     assert _migration.check_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../web1", "a/b", "a b", "-a", ".a", "a\n", "a\0b", "a@b", "a;b", "w\u00e9b", "x" * 101])
+@pytest.mark.parametrize("name", ["", ".", "..", "../web1", "a/b", "a b", "-a", ".a", "a\n", "a\0b", "a@b", "a;b", "a+b", "w\u00e9b", "x" * 101])
 def test_a_name_that_cannot_name_a_file_and_a_unit_is_refused(name):
     with pytest.raises(MigrationError, match="allowed are letters"):
         _migration.check_name(name)

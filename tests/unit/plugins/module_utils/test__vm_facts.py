@@ -107,6 +107,12 @@ def test_every_device_of_the_host_is_named():
     assert vm["engines"]["precopy"]["usable"] is False
 
 
+def test_a_name_that_cannot_be_part_of_a_unit_is_a_blocker():
+    vm = domain("web1", change=("<name>web1<", "<name>web+1<"))
+    assert codes(vm["blockers"]) == ["bad_name"]
+    assert "'web+1'" in vm["blockers"][0]["message"] and "rename the VM" in vm["blockers"][0]["message"]
+
+
 def test_a_passthrough_device_that_is_unplugged_to_migrate_is_no_blocker():
     vm = domain("gpu1")
     assert [device["id"] for device in vm["host_devices"] if device["failover"]] == ["0000:3b:02.2"]
