@@ -47,6 +47,14 @@ def progress_line(vm: str, to: str, record: dict) -> str:
         words.append(f"{record['remaining_mib']:.0f} MiB left")
         if record.get("eta_s") is not None:
             words.append(f"ETA {record['eta_s']:.0f} s")
+    counted = record.get("remote_ram")
+    if counted:
+        words.append(f"pages ahead {counted['pages_ahead']}")
+        if record["on"] == "destination":
+            words.append(f"on demand {counted['pages_demand']}, in the background {counted['pages_bubble'] + counted['pages_background']}")
+            waits = sum(counted["wait_hist"])
+            if waits:
+                words.append(f"mean wait {counted['wait_ns_total'] / waits / 1e6:.1f} ms")
     if record["phase"] == "recovering":
         words.append("connection lost, reconnecting")
     if record.get("abort_refused"):

@@ -88,6 +88,13 @@ PLAN = _object({}, {
     "warnings": _list(TEXT),
 })
 
+#: What the kernel engine counted: pages by cause, faults and how long they waited (buckets: below 1 us, then [2^(n-1), 2^n) us).
+REMOTE_RAM = _object({}, {
+    **{name: COUNT for name in ("pages", "pages_ahead", "pages_zero", "pages_demand", "pages_bubble", "pages_background", "pages_missing",
+                                "faults_retry", "faults_joined", "wait_ns_max", "wait_ns_total", "reconnects", "switch_us", "late_writes")},
+    "wait_hist": _list(COUNT),
+})
+
 MIGRATION = _object({"vm": NAME}, {
     "driver": _or_null(TEXT),
     "engine": _or_null(TEXT),
@@ -103,6 +110,7 @@ MIGRATION = _object({"vm": NAME}, {
     "total_ms": _or_null(POSITIVE),
     "bytes": _or_null(COUNT),
     "samples": _list(SAMPLE),
+    "remote_ram": _or_null(REMOTE_RAM),
 })
 
 CLIENT = _object({"name": NAME, "requests": COUNT, "failed": COUNT}, {
@@ -130,6 +138,8 @@ VM = _object({
     "dirty_rate_mib_s": _or_null(POSITIVE),
     "precopy_timeout_s": _or_null(POSITIVE),
     "samples": _list(SAMPLE, maxItems=MAX_SAMPLES),
+}, {
+    "remote_ram": {**REMOTE_RAM, "description": "only for the engine remote_ram: what the kernel counted"},
 }, closed=True)
 
 SCHEMA = {
@@ -374,6 +384,7 @@ def _vm(name: str, entry: dict, migration: dict, result: str, reason: str, place
         value = migration.get(key)
         return entry.get(key) if value is None else value
 
+    counted = migration.get("remote_ram")
     return {
         "name": name,
         "driver": first("driver"),
@@ -393,6 +404,7 @@ def _vm(name: str, entry: dict, migration: dict, result: str, reason: str, place
         "dirty_rate_mib_s": entry.get("dirty_rate_mib_s"),
         "precopy_timeout_s": entry.get("precopy_timeout_s"),
         "samples": _thin(migration.get("samples", [])),
+        **({"remote_ram": {key: counted[key] for key in REMOTE_RAM["properties"] if key in counted}} if counted else {}),
     }
 
 

@@ -41,6 +41,7 @@ def render(report: dict) -> str:
         _timeline(report, axis),
         _pauses(report),
         _rates(report, axis),
+        _fetches(report),
         _table(report),
         f'<div class="pair">{_hosts(report)}{_clients(report)}</div>',
     ]
@@ -464,6 +465,60 @@ def _pauses(report: dict) -> str:
     if unknown:
         note += f" The pause of {_plural(unknown, 'moved VM')} is not known."
     return _section(title, note, f'<div class="pauses{" dense" if len(paused) > MANY else ""}">{rows}</div>')
+
+
+# --- Pages of the kernel engine ---------------------------------------------------------------------------------------
+
+
+def _wait(histogram: list, share: float) -> float | None:
+    """Milliseconds within which that share of the waits ended: the upper edge of its bucket."""
+    total = sum(histogram)
+    if not total:
+        return None
+    seen = 0
+    for bucket, count in enumerate(histogram):
+        seen += count
+        if seen >= share * total:
+            return (1 << bucket) / 1000
+    return None
+
+
+def _histogram(histogram: list) -> str:
+    """Waits by duration, as bars; each bucket is twice as long as the one before."""
+    used = [bucket for bucket, count in enumerate(histogram) if count]
+    if not used:
+        return ""
+    first, last, most = used[0], used[-1], max(histogram)
+    width = 100 / (last - first + 1)
+    bars = "".join(
+        f'<rect class="pause" x="{(bucket - first) * width + 0.5:.2f}%" y="{100 - 100 * histogram[bucket] / most:.1f}%" '
+        f'width="{width - 1:.2f}%" height="{100 * histogram[bucket] / most:.1f}%"><title>{histogram[bucket]} within '
+        f'{milliseconds((1 << bucket) / 1000)}</title></rect>' for bucket in used)
+    low, high = milliseconds((1 << first) / 2000), milliseconds((1 << last) / 1000)
+    return (f'<svg width="100%" height="44" role="img" aria-label="waits from {low} to {high}">{bars}</svg>'
+            f'<span class="soft">{low} – {high}</span>')
+
+
+def _fetches(report: dict) -> str:
+    rows = []
+    for vm in report["vms"]:
+        counted = vm.get("remote_ram")
+        if not counted:
+            continue
+        waits = counted.get("wait_hist", [])
+        figures = [counted.get(key, 0) for key in ("pages_ahead", "pages_zero", "pages_demand", "pages_bubble", "pages_background")]
+        median, late = _wait(waits, 0.5), _wait(waits, 0.99)
+        rows.append((
+            _name(vm["name"]), *(_data(value, f"{value:,}") for value in figures), _data(sum(waits), f"{sum(waits):,}"),
+            *("-" if value is None else _data(value, milliseconds(value)) for value in (median, late)),
+            _data(round(counted.get("wait_ns_max", 0) / 1e6, 3), milliseconds(counted.get("wait_ns_max", 0) / 1e6)), _histogram(waits),
+        ))  # fmt: skip
+    if not rows:
+        return ""
+    headings = ("VM", "Ahead", "Zero", "On demand", "Around those", "Background", "Waits", "Median", "99 %", "Longest", "By duration")
+    return _section(
+        "Pages by cause", "What moved before the switch and after it, and how long the guest waited for pages that were not there "
+        "(upper edges of buckets that double; the longest as measured).", _figures(headings, rows))
 
 
 # --- Rates ------------------------------------------------------------------------------------------------------------

@@ -276,3 +276,18 @@ def test_validate_refuses_what_jsonschema_refuses(made):
     assert not VALIDATOR.is_valid(made)
     with pytest.raises(ReportError):
         validate(made, SCHEMA, "the report")
+
+
+# --- The kernel engine ---
+
+COUNTED = {"pages": 32768, "pages_ahead": 13239, "pages_zero": 1865, "pages_demand": 137, "pages_bubble": 10937, "pages_background": 3732,
+           "faults_retry": 147, "wait_ns_max": 35522315, "wait_hist": [0] * 11 + [6, 29, 50, 44, 17, 1] + [0] * 15, "rounds": 1}  # fmt: skip
+
+
+def test_what_the_kernel_counted_is_kept_and_nothing_else():
+    made = report(migrations=[{**MOVED, "engine": "remote_ram", "remote_ram": COUNTED}], locations={"web1": "hv2"})
+    assert made["vms"][0]["remote_ram"] == {key: value for key, value in COUNTED.items() if key != "rounds"}
+
+
+def test_other_engines_have_no_such_field():
+    assert "remote_ram" not in report(migrations=[MOVED], locations={"web1": "hv2"})["vms"][0]

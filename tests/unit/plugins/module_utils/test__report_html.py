@@ -198,3 +198,20 @@ def test_the_page_of_a_return_says_so():
     back = [migration("web1", **{"from": "hv2", "to": "hv1"})]
     said = render(plan, back, {"web1": "hv1", "web2": "hv3"}, direction="back")[0].text
     assert "Return to hv1" in said and "1 VM returned to hv1 , 1 did not" in said and "evacuation" not in said.lower()
+
+
+def test_pages_by_cause():
+    counted = {"pages_ahead": 13239, "pages_demand": 137, "pages_bubble": 10937, "pages_background": 3732, "wait_ns_max": 35522315,
+               "wait_hist": [0] * 11 + [60, 35, 5] + [0] * 18}  # fmt: skip
+    read, text = render({"moves": [move("web1")]}, [migration("web1", engine="remote_ram", remote_ram=counted)], {"web1": "hv2"})
+    assert "Pages by cause" in read.text
+    for value in ("13239", "137", "10937", "3732", "100"):
+        assert f'<data value="{value}">' in text
+    # Half of the waits, and 99 in 100, by the upper edges of their buckets: 2^11 and 2^13 us; the longest as measured.
+    for value in ("2.048", "8.192", "35.522"):
+        assert f'<data value="{value}">' in text
+
+
+def test_no_pages_by_cause_without_the_kernel_engine():
+    read, _text = render({"moves": [move("web1")]}, [migration("web1")], {"web1": "hv2"})
+    assert "Pages by cause" not in read.text
