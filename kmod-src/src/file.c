@@ -487,25 +487,55 @@ unlock:
 }
 
 /*
- * Takes pages for the caller, so that no READ brings them; waits for those
- * that are on their way. What was missing is then no longer missing, since
- * the caller gives it new contents: none.
+ * Punches pages out that may be missing. They are taken first, so that no READ
+ * brings them, and those that are on their way are waited for. What was missing
+ * is no longer missing, since it has new contents: none; that is said when the
+ * old ones are gone.
  */
-static void rram_forget(struct rram_file *f, unsigned long first,
-			unsigned long last)
+static long rram_punch_taken(struct rram_file *f, struct file *via, int mode,
+			     unsigned long first, unsigned long last)
 {
 	unsigned long i;
+	long err;
 
-	for (i = first; i <= last && i < f->npages; i++) {
-		while (test_and_set_bit_lock(i, f->inflight))
-			wait_event(*rram_waitq(f, i),
-				   !test_bit(i, f->inflight));
-		if (test_and_clear_bit(i, f->missing))
+	/* In ascending order, as rram_take_zero() does. */
+	for (i = first; i <= last; i++)
+		wait_event(*rram_waitq(f, i),
+			   !test_and_set_bit_lock(i, f->inflight));
+	err = rram_shmem_fops->fallocate(via, mode, (loff_t)first << PAGE_SHIFT,
+					 (loff_t)(last - first + 1) << PAGE_SHIFT);
+	for (i = first; i <= last; i++) {
+		if (!err && test_and_clear_bit(i, f->missing))
 			atomic_long_dec(&f->nr_missing);
 		clear_bit_unlock(i, f->inflight);
 		rram_wake_page(f, i);
+	}
+	return err;
+}
+
+/* Punches whole pages while some may be missing, a chunk at a time. */
+static long rram_punch_pages(struct rram_file *f, struct file *via, int mode,
+			     unsigned long first, unsigned long end)
+{
+	unsigned long next;
+	bool ahead;
+	long err = 0;
+
+	for (; first < end && !err; first = next) {
+		next = min(end, round_down(first, RRAM_CHUNK_PAGES) +
+				RRAM_CHUNK_PAGES);
+		/* The switch comes before or after, and sees the bits. */
+		ahead = READ_ONCE(f->phase) == RRAM_PHASE_AHEAD;
+		if (ahead)
+			down_read(&f->stale);
+		err = rram_punch_taken(f, via, mode, first, next - 1);
+		if (!err && READ_ONCE(f->tracking))
+			rram_track_write(f, first, next - first);
+		if (ahead)
+			up_read(&f->stale);
 		cond_resched();
 	}
+	return err;
 }
 
 /* Hole punching, by whichever way it comes. */
@@ -514,8 +544,11 @@ static long rram_punch(struct rram_file *f, struct file *via, int mode,
 {
 	unsigned long first = offset >> PAGE_SHIFT;
 	unsigned long last = (offset + len - 1) >> PAGE_SHIFT;
+	unsigned long whole = DIV_ROUND_UP(offset, PAGE_SIZE);
+	unsigned long end = min_t(unsigned long, (offset + len) >> PAGE_SHIFT,
+				  f->npages);
 	struct rram_session *s;
-	int err;
+	long err;
 
 	if (READ_ONCE(f->frozen))
 		return -EBUSY;
@@ -531,13 +564,18 @@ static long rram_punch(struct rram_file *f, struct file *via, int mode,
 			if (err)
 				return err;
 		}
-		rram_forget(f, first, last);
+		if (whole < end) {
+			err = rram_punch_pages(f, via, mode, whole, end);
+			if (err)
+				return err;
+		}
 		s = rram_session_get(f);
 		if (s) {
 			rram_poke(s);	/* it may have been the last page */
 			rram_session_put(s);
 		}
 	}
+	/* What is left of it, or all of it. */
 	err = rram_shmem_fops->fallocate(via, mode, offset, len);
 	if (!err && READ_ONCE(f->tracking))
 		rram_track_write(f, first, last - first + 1);
