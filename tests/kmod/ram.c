@@ -359,10 +359,8 @@ static long pin_long(void *at)
 	if (ring < 0)
 		return -errno;
 	ret = syscall(SYS_io_uring_register, ring, 0, &iov, 1);
-	if (ret)
-		ret = -errno;
-	close(ring);
-	return ret;
+	/* The ring stays open, and with it the pin. */
+	return ret ? -errno : 0;
 }
 
 static void obey(char *line)

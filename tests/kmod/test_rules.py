@@ -141,13 +141,16 @@ def test_rule_2_write_access_that_comes_back_without_a_fault(ram):
     file.complete()
 
 
-def test_rule_2_long_pins_are_refused(ram):
-    """What writes through a pin that lasts leaves no trace: VFIO and registered buffers don't get one."""
-    file = ram(1)
+def test_rule_2_what_is_pinned_stays_dirty(ram):
+    """What writes through a pin leaves no trace. A pin that lasts is refused, but for a page that is writable already."""
+    file = ram(1, fill=False).connect()
     program = file.source.program("hold", file.path)
     program.hear()
-    program.tell("poke 0 1")
     assert program.tell("pin 0")["ret"] == -1
+    program.tell("poke 7 1")
+    assert program.tell("pin 7")["ret"] == 0
+    file.precopy(1500, stop=1)
+    assert file.src("stats")["pages_dirty"] == 1
 
 
 # -- 3: before the switch every failure leaves the VM on the source ----------------------------------------------------

@@ -1,0 +1,311 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Rule 4, and what is refused: connections that don't come about, are cut, or end for good."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hosts import BACKGROUND, COMPLETE, CONNECTED, FAILED, LOST, POSTCOPY, RECONNECTING, cut, wait_for
+
+QUICK = {"heartbeat_ms": 300, "dead_ms": 1500}
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what,reason", [({"token": "x" * 16}, "token"), ({"uuid": "x" * 16}, "uuid")])
+def test_a_stranger_is_refused_and_told_why(ram, what, reason):
+    file = ram(1)
+    file.attach()
+    with pytest.raises(OSError) as caught:
+        file.export(**what)
+    assert caught.value.reason == reason
+    assert file.states()[0] == 0
+    # The right one may come after it.
+    file.export()
+    file.switch()
+    file.check()
+    file.complete()
+
+
+def test_another_size_is_refused(ram):
+    small, large = ram(1), ram(2)
+    small.attach()
+    large.port = small.port
+    with pytest.raises(OSError) as caught:
+        large.export()
+    assert caught.value.reason == "size"
+
+
+def test_a_second_source_is_refused(ram):
+    one, two = ram(1), ram(1)
+    one.connect()
+    two.port = one.port
+    with pytest.raises(OSError) as caught:
+        two.export(connect_ms=1)
+    assert caught.value.reason == "busy"
+    one.switch()
+    one.check()
+    one.complete()
+
+
+def test_nobody_listens(ram):
+    file = ram(1)
+    with pytest.raises(OSError) as caught:
+        file.export(port=7999, connect_ms=300)
+    assert caught.value.reason in ("unreachable", "timeout")
+    assert file.states() == (0, 0)
+
+
+def test_calls_in_the_wrong_state(ram):
+    file = ram(1)
+    for what, order in (("precopy", {"ms": 1}), ("switch", {}), ("abort", {}), ("take_back", {}), ("tune", {"what": BACKGROUND, "value": 1})):
+        with pytest.raises(OSError):
+            file.src(what, **order)
+    file.connect()
+    with pytest.raises(OSError):
+        file.dst("switch")
+    with pytest.raises(OSError):
+        file.src("release")
+    with pytest.raises(OSError):
+        file.attach()
+    # A file that is mapped can't be a destination.
+    file.src("abort")
+    file.release()
+    file.source.program("hold", file.path).hear()
+    file.turn_round()
+    with pytest.raises(OSError):
+        file.attach()
+
+
+# -- cut ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["drop", "down"])
+def test_cut_during_pre_copy(ram, how):
+    """Rule 3: the VM stays, and nobody hangs."""
+    file = ram().connect(**QUICK)
+    writer = file.run("wzhp")
+    file.src("precopy", ms=60000)
+    wait_for(lambda: file.src("stats")["pages_ahead"] > 50)
+    with cut(file.dest, how):
+        for side in (file.src, file.dst):
+            assert side("wait", states=[], ms=60000)[0] == FAILED
+    file.release()
+    file.connect()
+    file.precopy(300)
+    assert writer.tell("stop")["bad"] == 0
+    file.switch()
+    file.check()
+    file.complete()
+
+
+def test_cut_during_the_switch(ram):
+    """The thread that applies the final set waits for READs that don't come back: it notices."""
+    file = ram(8).connect(**QUICK)
+    file.src("precopy", ms=60000)
+    wait_for(lambda: file.src("stats")["pages_ahead"] > 50)
+    with cut(file.dest, "drop"):
+        with pytest.raises(OSError):
+            file.src("switch", ms=5000)
+        assert file.dst("wait", states=[], ms=60000)[0] in (FAILED, LOST)
+    file.release()
+
+
+@pytest.mark.parametrize("how,seconds", [("drop", 1), ("down", 3), ("loss", 3)])
+def test_rule_4_cut_after_the_switch(ram, how, seconds):
+    """Only those wait who touch what is missing, and they go on by themselves."""
+    file = ram().connect(**QUICK)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    reader = file.check("map", later=True)
+    wait_for(lambda: file.dst("stats")["pages_demand"] > 20)
+    with cut(file.dest, how):
+        time.sleep(seconds)
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.judge(reader)
+    file.complete()
+    if seconds > 1:
+        assert file.dst("stats")["reconnects"] > 0
+
+
+def test_rule_4_cut_while_pages_are_pulled(ram):
+    """What was under way when the connection went is pulled again, though nobody asks for it."""
+    file = ram(8).connect()
+    file.dst("tune", what=1, value=2 << 20)
+    file.switch()
+    for _ in range(3):
+        before = file.dst("stats")["pages_background"]
+        wait_for(lambda b=before: file.dst("stats")["pages_background"] > b + 32)
+        file.dest.sh("echo 1 > /sys/kernel/debug/remote_ram/inject_drop")
+        wait_for(lambda: file.dst("stats")["state"] == POSTCOPY)
+    file.dst("tune", what=1, value=0)
+    file.complete()
+    file.check()
+
+
+def test_rule_4_reads_that_fail(ram):
+    file = ram(4).connect()
+    file.dest.sh("echo 40 > /sys/kernel/debug/remote_ram/inject_fail")
+    file.switch()
+    reader = file.check("map", later=True)
+    wait_for(lambda: file.dst("stats")["reconnects"] > 1)
+    file.dest.sh("echo 0 > /sys/kernel/debug/remote_ram/inject_fail")
+    file.judge(reader)
+    file.complete()
+
+
+def test_rule_4_who_waits_for_a_connection_sleeps(ram):
+    """Waiting costs no CPU: a thread that waits for its page while the connection is down uses less than a tenth of one."""
+    file = ram(2).connect(**QUICK)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    with cut(file.dest, "drop"):
+        wait_for(lambda: file.dst("stats")["state"] == RECONNECTING)
+        reader = file.check("map", threads=4, later=True)
+        wait_for(lambda: file.dst("stats")["faults_retry"] >= 4)
+        ticks = f"sleep 1; a=$(cut -d' ' -f15 /proc/{reader.pid}/stat); sleep 5; b=$(cut -d' ' -f15 /proc/{reader.pid}/stat); echo $((b - a))"
+        assert int(file.dest.sh(ticks)) < 50
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.judge(reader)
+    file.complete()
+
+
+@pytest.mark.expect("hardware memory corruption")
+def test_rule_4_cut_for_good(ram):
+    """What is missing is lost, page by page: a machine check for those, and the rest can be read. Who waits stays killable."""
+    file = ram(2).connect(reconnect_ms=4000, **QUICK)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    here = program.tell("peek 3")["value"]
+    with cut(file.source, "drop"):
+        wait_for(lambda: file.dst("stats")["state"] == RECONNECTING)
+        victim = file.check("map", later=True)
+        wait_for(lambda: file.dst("stats")["faults_retry"] > 1)
+        victim.kill()
+        assert victim.reap(30) == -9
+        assert file.dst("wait", states=[], ms=90000)[0] == LOST
+        assert program.tell("peek 3") == {"value": here}
+        assert program.tell("peek 400") == {"sigbus": 4}  # BUS_MCEERR_AR
+        assert file.dst("stats")["pages_lost"] > 0
+        assert file.dst("stats")["faults_poison"] > 0
+        assert "Input/output error" in file.dest.sh(f"dd if={file.path} of=/dev/null bs=4096 skip=400 count=1 2>&1", check=False)
+
+
+def test_rule_4_the_device_goes_while_there_is_no_connection(ram, transport):
+    """Its keys go with it, and a new device serves the rest."""
+    file = ram(4).connect(**QUICK)
+    file.precopy(400)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    add = f"rdma link add {transport}0 type {transport} netdev mig0"
+    with cut(file.dest, "drop"):
+        wait_for(lambda: RECONNECTING in file.states())
+        wait_for(lambda: file.states() == (RECONNECTING, RECONNECTING))
+        for host in (file.source, file.dest):
+            host.sh(f"rdma link delete {transport}0")
+            host.sh(add)
+    file.check()
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+
+
+def test_rule_4_the_device_goes_while_pages_arrive(ram, transport):
+    file = ram(4).connect(**QUICK)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    reader = file.check("map", later=True)
+    wait_for(lambda: file.dst("stats")["pages_demand"] > 20)
+    file.dest.sh(f"rdma link delete {transport}0; rdma link add {transport}0 type {transport} netdev mig0")
+    wait_for(lambda: file.dst("stats")["reconnects"] > 0)
+    file.source.sh(f"rdma link delete {transport}0; rdma link add {transport}0 type {transport} netdev mig0")
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.judge(reader)
+    file.complete()
+
+
+# -- ended -------------------------------------------------------------------------------------------------------------
+
+
+def test_abort_while_it_listens(ram):
+    file = ram(1)
+    file.attach()
+    file.dst("abort")
+    assert file.states()[1] == FAILED
+    file.dst("release")
+
+
+@pytest.mark.expect("hardware memory corruption")
+def test_abort_after_the_switch(ram):
+    """A source may not withhold pages; a destination may give up, and those who wait get an answer."""
+    file = ram(2).connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    with pytest.raises(OSError):
+        file.src("abort")
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    file.dest.sh("echo 2000000 > /sys/kernel/debug/remote_ram/inject_delay_us")
+    waits = program.tell_later("peek 9")
+    wait_for(lambda: file.dst("stats")["faults_retry"] > 0)
+    file.dst("abort")
+    assert file.states()[1] == LOST
+    assert set(waits()) <= {"value", "sigbus"}
+    assert program.tell("peek 300") == {"sigbus": 4}
+
+
+@pytest.mark.expect("hardware memory corruption")
+def test_a_vm_that_is_taken_back(ram):
+    file = ram(2).connect()
+    file.precopy(300)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    file.src("take_back")
+    assert file.src("wait", states=[], ms=1000)[0] == FAILED
+    assert file.dst("wait", states=[], ms=30000)[0] == LOST
+    writer = file.run("wzhp")
+    file.release()
+    # And then it is moved after all. The destination asks for a page before the switch, which needs a key.
+    file.attach()
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    file.export()
+    for page in range(0, 512, 40):
+        assert "value" in program.tell(f"peek {page}")
+    file.precopy(300)
+    writer.tell("stop")
+    file.switch()
+    file.check()
+    file.complete()
+
+
+def test_a_switch_that_nobody_waited_for(ram):
+    """A source that gave up while its destination switched says so: the destination does not wait for it."""
+    file = ram(2).connect(dead_ms=60000, heartbeat_ms=1000)
+    with cut(file.source, "drop"):
+        with pytest.raises(OSError) as caught:
+            file.src("switch", ms=300)
+        assert caught.value.reason == "timeout"
+    assert file.src("wait", states=[CONNECTED], ms=100)[0] == FAILED
+    file.dst("abort")
+    assert file.states()[1] in (FAILED, LOST)
+
+
+def test_completed_and_back_again(ram):
+    file = ram(2)
+    for _ in range(3):
+        file.connect()
+        writer = file.run("wzhmpvk")
+        file.precopy(200)
+        writer.tell("stop")
+        writer.finish()
+        file.switch()
+        file.check()
+        file.complete()
+        assert file.states() == (COMPLETE, COMPLETE)
+        file.release()
+        file.turn_round()
