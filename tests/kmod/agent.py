@@ -208,6 +208,21 @@ class Agent:
         with open(path, "wb") as file:
             file.write(base64.b64decode(data))
 
+    def qmp(self, path, command, **arguments):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            stream = sock.makefile("rw")
+            stream.readline()
+            for execute, given in (("qmp_capabilities", {}), (command, arguments)):
+                stream.write(json.dumps({"execute": execute, "arguments": given}) + "\n")
+                stream.flush()
+                answer = {}
+                while "return" not in answer and "error" not in answer:
+                    answer = json.loads(stream.readline())
+        if "error" in answer:
+            raise OSError(71, answer["error"]["desc"])
+        return answer["return"]
+
     # -- the host ----------------------------------------------------------------------------------------------------
 
     def log(self):

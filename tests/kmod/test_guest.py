@@ -1,0 +1,142 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A real KVM guest on the files: moved while it writes, stopped, looked into, and killed in the middle."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+
+import pytest
+from hosts import BACKGROUND, COMPLETE, LOST, POSTCOPY, wait_for
+
+MIB = 96
+CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "pause-before-switchover")]
+
+
+@pytest.fixture(scope="module")
+def initramfs():
+    # By its path: our own build.py has the same name.
+    path = pathlib.Path(__file__).resolve().parents[1] / "guest" / "build.py"
+    spec = importlib.util.spec_from_file_location("guest_build", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.tiny_initramfs()
+
+
+class Guest:
+    """QEMU on one host, stock, with its RAM on a file of ours."""
+
+    def __init__(self, host, file, incoming=False, more=""):
+        self.host, self.file = host, file
+        self.base = f"/dev/shm/{file.name}"
+        self.log, self.socket = f"{self.base}.log", f"{self.base}.qmp"
+        host.sh(
+            f"rm -f {self.base}.*; ulimit -c unlimited; cd /var/tmp; qemu-system-x86_64 -name {file.name} -machine pc,accel=kvm,memory-backend=pc.ram -cpu host -smp 1 -m {MIB} "
+            f"-object memory-backend-file,id=pc.ram,mem-path={file.path},share=on,prealloc=off,size={MIB}M -nodefaults -display none "
+            "-kernel /boot/vmlinuz -initrd /root/kmod/tiny.cpio -append 'console=ttyS0 quiet mitigations=off no_timer_check random.trust_cpu=on "
+            "dirty.mib=20 dirty.rate=4 dirty.pattern=random dirty.report=1' "
+            f"-chardev socket,id=serial0,path={self.base}.serial,server=on,wait=off,logfile={self.log} -serial chardev:serial0 "
+            f"-qmp unix:{self.socket},server=on,wait=off -daemonize -pidfile {self.base}.pid {'-incoming defer' if incoming else ''} {more}"
+        )
+        self.pid = int(host.sh(f"cat {self.base}.pid"))
+        if incoming:
+            self.qmp("migrate-set-capabilities", capabilities=CAPABILITIES)
+            self.qmp("migrate-incoming", uri="tcp:0.0.0.0:7100")
+
+    def qmp(self, command, **arguments):
+        return self.host.do("qmp", path=self.socket, command=command, **arguments)
+
+    def alive(self):
+        return self.host.sh(f"test -e /proc/{self.pid} && grep -q '^State:.[^Z]' /proc/{self.pid}/status && echo yes", check=False).strip() == "yes"
+
+    def kill(self, number=9):
+        self.host.sh(f"kill -{number} {self.pid}", check=False)
+
+    def check(self):
+        """Lets the guest check all its pages."""
+        before = int(self.host.sh(f"grep -c full_check {self.log}", check=False) or 0)
+        self.host.sh(f"printf 'check\\n' | timeout 5 socat -t 1 - UNIX-CONNECT:{self.base}.serial >/dev/null; true")
+        wait_for(lambda: int(self.host.sh(f"grep -c full_check {self.log}", check=False) or 0) > before, 150)
+        said = self.host.sh(f"cat {self.log}")
+        assert '"error"' not in said, said[-2000:]
+
+
+def move(file, guest, incoming, precopy_ms):
+    """The whole of a move. Returns when the guest has left."""
+    file.export()
+    if precopy_ms:
+        file.precopy(precopy_ms)
+    guest.qmp("migrate-set-capabilities", capabilities=CAPABILITIES)
+    guest.qmp("migrate", uri=f"tcp:{file.dest.address}:7100")
+    wait_for(lambda: guest.qmp("query-migrate")["status"] == "pre-switchover", 120)
+    file.src("switch")
+    guest.qmp("migrate-continue", state="pre-switchover")
+    wait_for(lambda: guest.qmp("query-migrate")["status"] == "completed", 120)
+    guest.qmp("quit")
+    assert file.src("stats")["late_writes"] == 0
+
+
+@pytest.fixture
+def vm(ram, hosts, initramfs):
+    """A guest that runs on the first host."""
+    for host in hosts:
+        host.lab.put(host.name, initramfs, "/root/kmod/tiny.cpio")
+    file = ram(MIB, fill=False)
+    guests = [Guest(file.source, file)]
+    wait_for(lambda: '"started"' in guests[0].host.sh(f"cat {guests[0].log}"), 240)
+    yield file, guests
+    for guest in guests:
+        guest.kill(18)
+        guest.kill()
+
+
+def test_a_guest_is_moved_and_moved_back(vm):
+    file, guests = vm
+    file.attach()
+    guests.append(Guest(file.dest, file, incoming=True))
+    move(file, guests[0], guests[1], 3000)
+    # In the middle: stopped, looked into by a debugger, and running again.
+    file.dst("tune", what=BACKGROUND, value=0)
+    wait_for(lambda: guests[1].qmp("query-status")["status"] == "running", 120)
+    guests[1].kill(19)
+    said = file.dest.sh(f"gdb -nx -q -batch -p {guests[1].pid} -ex 'info threads' -ex detach 2>&1 | tail -20")
+    assert "Thread" in said or "LWP" in said, said
+    guests[1].kill(18)
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    guests[1].check()
+    assert file.dst("stats")["faults_nowait"] + file.dst("stats")["faults_retry"] + file.dst("stats")["faults_plain"] > 0
+    # Back, without pre-copy, and with the connection cut while it runs.
+    file.release()
+    file.turn_round()
+    wait_for(lambda: not guests[0].alive())
+    file.attach(heartbeat_ms=300, dead_ms=2000)
+    guests.append(Guest(file.dest, file, incoming=True))
+    move(file, guests[1], guests[2], 0)
+    file.dest.sh("echo 1 > /sys/kernel/debug/remote_ram/inject_drop")
+    file.complete()
+    guests[2].check()
+
+
+def test_a_guest_whose_qemu_aborts_in_the_middle_can_be_read(vm):
+    """A core dump pulls what is missing, and the whole RAM can be read from the file afterwards."""
+    file, guests = vm
+    file.attach()
+    guests.append(Guest(file.dest, file, incoming=True, more="-S"))
+    file.dst("tune", what=BACKGROUND, value=0)
+    move(file, guests[0], guests[1], 1000)
+    assert file.dst("stats")["state"] == POSTCOPY
+    missing = file.dst("stats")["pages_missing"]
+    assert missing > 0
+    file.dest.sh(f"echo /var/tmp/core.%p > /proc/sys/kernel/core_pattern; echo 0x7f > /proc/{guests[1].pid}/coredump_filter; prlimit --core=unlimited --pid {guests[1].pid}")
+    guests[1].kill(6)
+    wait_for(lambda: not guests[1].alive(), 170)
+    assert int(file.dest.sh("stat -c %s /var/tmp/core.*; rm -f /var/tmp/core.*").split()[0]) > MIB << 20
+    # Every page the source had is here; the guest did not run, so next to nothing has changed.
+    pages = "import hashlib,sys; f=open(sys.argv[1],'rb'); print(' '.join(hashlib.md5(f.read(4096)).hexdigest()[:8] for _ in range(int(sys.argv[2]))))"
+    there, here = (host.sh(f"python3 -c \"{pages}\" {file.path} {file.pages}").split() for host in (file.source, file.dest))
+    assert sum(a != b for a, b in zip(there, here)) < 16
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    assert LOST not in file.states()
