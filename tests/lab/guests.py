@@ -73,14 +73,17 @@ class Guest:
             devices = (
                 # An emulated host may be late: a connection to the storage that broke is made again, and the guest waits for it.
                 "<disk type='network' device='disk'><driver name='qemu' type='raw' cache='none'/>"
-                f"<source protocol='nbd' name='{self.name}'><host name='{lab_module.STORAGE}' port='{lab_module.STORAGE_PORT}'/><reconnect delay='60'/></source>"
+                f"<source protocol='nbd' name='{self.name}'><host name='{lab_module.STORAGE}' port='{lab_module.STORAGE_PORT}'/>"
+                "<reconnect delay='60'/></source>"
                 "<target dev='vda' bus='virtio'/></disk>"
                 f"<interface type='bridge'><source bridge='br0'/><mac address='{self.mac}'/><model type='virtio'/><rom enabled='no'/></interface>"
             )
         return (
             f"<domain type='kvm'><name>{self.name}</name><uuid>{self.uuid}</uuid><memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>"
             f"<os><type arch='x86_64' machine='pc'>hvm</type><kernel>/boot/vmlinuz</kernel><initrd>{self.initrd}</initrd><cmdline>{self.append}</cmdline></os>"
-            "<features><acpi/></features><clock offset='utc'><timer name='hpet' present='no'/></clock><cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
+            # Under load a guest's kernel may leave the HPET ticking, which costs as much as the guest.
+            "<features><acpi/></features><clock offset='utc'><timer name='hpet' present='no'/></clock>"
+            "<cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
             f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{devices}{self.extra_devices}<controller type='usb' model='none'/>"
             f"<serial type='unix'><source mode='bind' path='{SOCKETS}/{self.name}.serial'/><log file='{LOGS}/{self.name}.log' append='on'/>"
             "<target port='0'/></serial>"
@@ -96,7 +99,8 @@ class Guest:
                 f" -netdev bridge,id=net0,br=br0 -device virtio-net-pci,netdev=net0,mac={self.mac},romfile="
             )
         return (
-            f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
+            f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} "
+            f"-kernel /boot/vmlinuz -initrd {self.initrd} "
             f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log"
             f",logappend=on -serial chardev:serial0{disk}{' -S' if self.still else ''} {self.extra_args}\"\n"
         )
