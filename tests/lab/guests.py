@@ -126,13 +126,13 @@ SETS = {
     ),
     # What keeps a VM on its host, all told: real parts, but no guest runs.
     "awkward": (
-        Guest("plain", "qmp", memory_mib=64, still=True),
-        Guest("disk", "qmp", memory_mib=64, still=True, before=f"truncate -s 8M {FILES}/local.raw",
+        Guest("plain", "qmp", memory_mib=64, still=True, cpu="qemu64"),
+        Guest("disk", "qmp", memory_mib=64, still=True, cpu="qemu64", before=f"truncate -s 8M {FILES}/local.raw",
               extra_args=f"-drive file={FILES}/local.raw,if=virtio,format=raw"),
-        Guest("device", "qmp", memory_mib=64, still=True, before="modprobe scsi_debug && udevadm settle",
+        Guest("device", "qmp", memory_mib=64, still=True, cpu="qemu64", before="modprobe scsi_debug && udevadm settle",
               extra_args="-device virtio-scsi-pci -drive file=/dev/sg0,if=none,id=sg0,format=raw -device scsi-generic,drive=sg0"),
-        Guest("cpu", "qmp", memory_mib=64, still=True, cpu="EPYC,+avx512f,enforce=off"),
-        Guest("leaving", "qmp", memory_mib=64, still=True),
+        Guest("cpu", "qmp", memory_mib=64, still=True),
+        Guest("leaving", "qmp", memory_mib=64, still=True, cpu="qemu64"),
     ),
     "bench": tuple(
         Guest(f"bench-{driver}", driver, memory_mib=160, words="dirty.mib=64 dirty.rate=6 dirty.pattern=random dirty.tick=50 dirty.report=1 dirty.sweep=30")
@@ -223,6 +223,7 @@ class Guests:
                 [ -e "$file" ] || continue; vm=${{file##*/}}; vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
                 case "$file" in *.conf) units="$units hecaton-vm@$vm";; esac; todo="$todo $file"; done
             [ -z "$units" ] || systemctl disable -q $units 2>/dev/null
+            ! mountpoint -q /proc/cpuinfo || umount /proc/cpuinfo
             rm -f $todo /var/lib/hecaton/cordon.json /var/lib/hecaton/claim
         """
         lab_module.each(lambda host: self.lab.ssh(host, "bash", stdin=script), [h for h in lab_module.HOSTS if self.lab.running(h)])
