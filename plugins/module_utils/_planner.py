@@ -1098,7 +1098,8 @@ class _Planner:
             if name not in vm.engines:
                 self._block(vm, "driver_missing", f"engine {name} is not known for driver {vm.driver}")
                 continue
-            for blocker in vm.engines[name][1] or [{"code": "no_destination", "message": "not usable"}]:
+            # Without a reason of its own it is what keeps the VM in any case, which has been said.
+            for blocker in vm.engines[name][1] or ([] if vm in self.blocked else [{"code": "no_destination", "message": "not usable"}]):
                 self._block(vm, blocker["code"], f"engine {name}: {blocker['message']}")
 
     def _check_pin(self, vm):

@@ -19,6 +19,7 @@ author:
 extends_documentation_fragment:
   - hecaton.fleet._attributes
   - hecaton.fleet._attributes.actiongroup_fleet
+  - hecaton.fleet._migration
 attributes:
   check_mode:
     support: full
@@ -29,11 +30,6 @@ attributes:
     details:
       - Once the virtual machine runs here, nothing changes. Before that, each call with O(state=present) prepares it anew.
 options:
-  name:
-    description: Name of the virtual machine.
-    type: str
-    required: true
-    aliases: [vm]
   state:
     description:
       - V(present) prepares for it.
@@ -88,34 +84,10 @@ options:
   address:
     description: Address of this host to receive the stream on.
     type: str
-  port_min:
-    description: First TCP port to try.
-    type: int
-    default: 49200
-  port_max:
-    description: Last TCP port to try.
-    type: int
-    default: 49299
-  max_incoming:
-    description: How many virtual machines may be arriving at once, V(0) for any number.
-    type: int
-    default: 0
-  memory_reserve:
-    description: MiB of memory that have to stay free.
-    type: int
-    default: 0
   arrival_timeout:
     description: Seconds within which it has to begin to arrive.
     type: float
     default: 300
-  libvirt_uri:
-    description: libvirt's URI on this host.
-    type: str
-    default: qemu:///system
-  state_dir:
-    description: Folder on the hypervisors where migrations are recorded.
-    type: path
-    default: /var/lib/hecaton
 """
 
 EXAMPLES = r"""

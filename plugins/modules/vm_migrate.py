@@ -21,6 +21,7 @@ author:
 extends_documentation_fragment:
   - hecaton.fleet._attributes
   - hecaton.fleet._attributes.actiongroup_fleet
+  - hecaton.fleet._migration
 attributes:
   check_mode:
     support: full
@@ -33,11 +34,6 @@ requirements:
   - systemd and Python 3.9 or later on both hypervisors
   - python3-libvirt on the source for O(driver=libvirt), whose libvirtd has to reach the destination's by O(destination_uri)
 options:
-  name:
-    description: Name of the virtual machine.
-    type: str
-    required: true
-    aliases: [vm]
   state:
     description:
       - V(migrated) moves the virtual machine.
@@ -108,33 +104,11 @@ options:
       - Address of the destination on the network that carries migrations.
       - The default is the destination's variable C(vm_migration_address), then its C(ansible_host), then its name.
     type: str
-  port_min:
-    description: First TCP port for migration streams on the destination. Only for O(driver=qmp).
-    type: int
-    default: 49200
-  port_max:
-    description: Last TCP port for migration streams on the destination. Only for O(driver=qmp).
-    type: int
-    default: 49299
-  max_incoming:
-    description:
-      - How many virtual machines may be on their way to the destination at once, V(0) for any number. The action plugin waits
-        for its turn.
-    type: int
-    default: 0
-  memory_reserve:
-    description: MiB of memory that have to stay free on the destination.
-    type: int
-    default: 0
   destination_uri:
     description:
       - libvirt's URI of the destination, as the source's libvirtd reaches it. V({address}) stands for the migration address.
     type: str
     default: "qemu+ssh://root@{address}/system"
-  libvirt_uri:
-    description: libvirt's URI on the source.
-    type: str
-    default: qemu:///system
   wait:
     description: Whether to wait until the migration has ended.
     type: bool
@@ -143,10 +117,6 @@ options:
     description: Seconds between two progress lines.
     type: float
     default: 3
-  state_dir:
-    description: Folder on the hypervisors where migrations are recorded.
-    type: path
-    default: /var/lib/hecaton
   evacuation:
     description:
       - The evacuation that this migration is part of, the O(hecaton.fleet.host_cordon#module:owner) of the cordon on the source. While
@@ -272,7 +242,8 @@ ARGUMENT_SPEC = {
 }
 #: Least value of each number, and its greatest where there is one.
 RANGES = {
-    "precopy_timeout": (0, None), "timeout": (0, None), "stall_timeout": (0, None), "bandwidth": (0, None), "postcopy_bandwidth": (0, None), "max_downtime": (1, 2000000),
+    "precopy_timeout": (0, None), "timeout": (0, None), "stall_timeout": (0, None),
+    "bandwidth": (0, None), "postcopy_bandwidth": (0, None), "max_downtime": (1, 2000000),
     "recovery_timeout": (0, None), "port_min": (1, 65535), "port_max": (1, 65535), "max_incoming": (0, None), "memory_reserve": (0, None),
     "poll_interval": (0.1, None),
 }  # fmt: skip

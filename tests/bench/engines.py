@@ -131,7 +131,7 @@ def medians(rows: list) -> list:
         same = [row for row in rows if (row["engine"], row["transport"], row["driver"], row["workload"]) == kind]
         values = {key: [row[key] for row in same if row[key] is not None] for key in MEDIANS}
         found.append({
-            **dict(zip(("engine", "transport", "driver", "workload"), kind)), "runs": len(same),
+            **dict(zip(("engine", "transport", "driver", "workload"), kind, strict=True)), "runs": len(same),
             **{key: statistics.median(each) if each else None for key, each in values.items()}, "corrupt": sum(row["corrupt"] for row in same),
         })  # fmt: skip
     return found

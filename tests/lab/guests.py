@@ -75,14 +75,17 @@ class Guest:
             devices = (
                 # An emulated host may be late: a connection to the storage that broke is made again, and the guest waits for it.
                 "<disk type='network' device='disk'><driver name='qemu' type='raw' cache='none'/>"
-                f"<source protocol='nbd' name='{self.name}'><host name='{lab_module.STORAGE}' port='{lab_module.STORAGE_PORT}'/><reconnect delay='60'/></source>"
+                f"<source protocol='nbd' name='{self.name}'><host name='{lab_module.STORAGE}' port='{lab_module.STORAGE_PORT}'/>"
+                "<reconnect delay='60'/></source>"
                 "<target dev='vda' bus='virtio'/></disk>"
                 f"<interface type='bridge'><source bridge='br0'/><mac address='{self.mac}'/><model type='virtio'/><rom enabled='no'/></interface>"
             )
         return (
             f"<domain type='kvm'><name>{self.name}</name><uuid>{self.uuid}</uuid><memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>"
             f"<os><type arch='x86_64' machine='pc'>hvm</type><kernel>/boot/vmlinuz</kernel><initrd>{self.initrd}</initrd><cmdline>{self.append}</cmdline></os>"
-            "<features><acpi/></features><clock offset='utc'><timer name='hpet' present='no'/></clock><cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
+            # Under load a guest's kernel may leave the HPET ticking, which costs as much as the guest.
+            "<features><acpi/></features><clock offset='utc'><timer name='hpet' present='no'/></clock>"
+            "<cpu mode='host-passthrough' migratable='on'/><on_crash>preserve</on_crash>"
             f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{devices}{self.extra_devices}<controller type='usb' model='none'/>"
             f"<serial type='unix'><source mode='bind' path='{SOCKETS}/{self.name}.serial'/><log file='{LOGS}/{self.name}.log' append='on'/>"
             "<target port='0'/></serial>"
@@ -101,7 +104,8 @@ class Guest:
         if self.remote_ram:
             memory = f",memory-backend=pc.ram -object memory-backend-file,id=pc.ram,mem-path=/run/remote_ram/{self.name}.ram,share=on,prealloc=off,size={self.memory_mib}M"
         return (
-            f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off{memory} -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} -kernel /boot/vmlinuz -initrd {self.initrd} "
+            f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off{memory} -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} "
+            f"-kernel /boot/vmlinuz -initrd {self.initrd} "
             f"-append '{self.append}' -chardev socket,id=serial0,path={SOCKETS}/{self.name}.serial,server=on,wait=off,logfile={LOGS}/{self.name}.log"
             f",logappend=on -serial chardev:serial0{disk}{' -S' if self.still else ''} {self.extra_args}\"\n"
         )
@@ -127,13 +131,13 @@ SETS = {
     ),
     # What keeps a VM on its host, all told: real parts, but no guest runs.
     "awkward": (
-        Guest("plain", "qmp", memory_mib=64, still=True),
-        Guest("disk", "qmp", memory_mib=64, still=True, before=f"truncate -s 8M {FILES}/local.raw",
+        Guest("plain", "qmp", memory_mib=64, still=True, cpu="qemu64"),
+        Guest("disk", "qmp", memory_mib=64, still=True, cpu="qemu64", before=f"truncate -s 8M {FILES}/local.raw",
               extra_args=f"-drive file={FILES}/local.raw,if=virtio,format=raw"),
-        Guest("device", "qmp", memory_mib=64, still=True, before="modprobe scsi_debug && udevadm settle",
+        Guest("device", "qmp", memory_mib=64, still=True, cpu="qemu64", before="modprobe scsi_debug && udevadm settle",
               extra_args="-device virtio-scsi-pci -drive file=/dev/sg0,if=none,id=sg0,format=raw -device scsi-generic,drive=sg0"),
-        Guest("cpu", "qmp", memory_mib=64, still=True, cpu="EPYC,+avx512f,enforce=off"),
-        Guest("leaving", "qmp", memory_mib=64, still=True),
+        Guest("cpu", "qmp", memory_mib=64, still=True),
+        Guest("leaving", "qmp", memory_mib=64, still=True, cpu="qemu64"),
     ),
     "remote": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
@@ -228,6 +232,7 @@ class Guests:
                 [ -e "$file" ] || continue; vm=${{file##*/}}; vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
                 case "$file" in *.conf) units="$units hecaton-vm@$vm";; esac; todo="$todo $file"; done
             [ -z "$units" ] || systemctl disable -q $units 2>/dev/null
+            ! mountpoint -q /proc/cpuinfo || umount /proc/cpuinfo
             rm -f $todo /var/lib/hecaton/cordon.json /var/lib/hecaton/claim
         """
         lab_module.each(lambda host: self.lab.ssh(host, "bash", stdin=script), [h for h in lab_module.HOSTS if self.lab.running(h)])
