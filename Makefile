@@ -10,7 +10,7 @@ HOST ?= hv1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule bench bench-planner bench-engines clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod bench bench-planner bench-engines clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -61,6 +61,10 @@ molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacua
 	@venv=$$($(PYTHON) tests/devenv.py) && cd build/collections/ansible_collections/hecaton/fleet/extensions && \
 	  PATH="$$venv/bin:$$PATH" ANSIBLE_COLLECTIONS_PATH="$(CURDIR)/build/collections" HECATON_CHECKOUT="$(CURDIR)" \
 	  molecule --base-config molecule/config.yml test --scenario-name $(SCENARIO)
+
+test-kmod: ## Test the kernel module on two hosts of the lab (ARGS=--long: all of it)
+	@$(PYTHON) tests/needs.py lab
+	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v tests/kmod $(ARGS)
 
 bench: bench-planner bench-engines ## Measure the planner, and the engines in the lab
 

@@ -339,6 +339,7 @@ static int rram_thread(void *data)
 	else if (!rram_ended(rram_get_state(s, NULL)))
 		rram_set_state(s, RRAM_STATE_FAILED, RRAM_REASON_ABORTED);
 	rram_wake_pages(s->f);
+	/* Pairs with rram_source_switch(): who sees it sees all of the above. */
 	smp_store_release(&s->over, true);
 	wake_up_all(&s->changed);
 	while (!kthread_should_stop())
