@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 
 from ansible_collections.hecaton.fleet.plugins.module_utils import _migrate_qmp
@@ -54,6 +55,31 @@ def ram_blocks(qmp: QmpClient) -> list:
     if not blocks:
         raise MigrationError("the VM has no memory backend; its RAM can't be on a remote_ram file system")
     return blocks
+
+
+def onboarded(config: str, name: str, memory: list, folder: str = "/run/remote_ram") -> tuple:
+    """The definition of a VM with its anonymous memory on a remote_ram file instead, and that file's block.
+
+    QEMU's RAM block keeps its name, so a stream that was made without the file fits.
+
+    :param memory: what QEMU answers to ``query-memdev``.
+    :raises MigrationError: its memory is not one anonymous block, or the definition has no place for another.
+    """
+    plain = [entry for entry in memory if not entry.get("share")]
+    if len(memory) != 1 or len(plain) != 1 or not memory[0].get("id"):
+        raise MigrationError(f"{name} has {len(memory)} memory backends of its own; only a VM with one block of anonymous memory can be onboarded")
+    block = {"id": memory[0]["id"], "path": f"{folder}/{name}.ram", "size": memory[0]["size"]}
+    line = re.search(r'^QEMU_ARGS="(.*)"$', config, re.MULTILINE)
+    if not line:
+        raise MigrationError(f'the definition of {name} has no line QEMU_ARGS="..." to put the memory backend in')
+    arguments = line.group(1)
+    if re.search(r"(^|\s)-(mem-path|numa)\s|memory-backend", arguments):
+        raise MigrationError(f"the definition of {name} says itself where its memory is (memory-backend, -mem-path or -numa); change it by hand")
+    backend = f"memory-backend-file,id={block['id']},mem-path={block['path']},share=on,prealloc=off,size={block['size']}"
+    arguments, found = re.subn(r"((?:^|\s)-(?:machine|M)\s+)(\S+)", rf"\1\2,memory-backend={block['id']}", arguments, count=1)
+    if not found:
+        arguments += f" -machine memory-backend={block['id']}"
+    return config[: line.start(1)] + f"{arguments} -object {backend}" + config[line.end(1) :], block
 
 
 def session_uuid(vm: str, block: str) -> bytes:
@@ -321,10 +347,6 @@ class Incoming(_migrate_qmp.Incoming):
         ports = iter(range(job["port_max"], job["port_min"] - 1, -1))
         blocks = []
         for block in job["ram"]:
-            folder = os.path.dirname(block["path"])
-            if not is_remote_ram(folder) and not is_remote_ram(os.path.dirname(folder)):
-                raise MigrationError(f"{folder} is not on a remote_ram file system on this host; prepare it with the role hecaton.fleet.remote_ram")
-            os.makedirs(folder, mode=0o755, exist_ok=True)
             # What is left of an earlier attempt; a VM that runs here would have been found before.
             if os.path.exists(block["path"]):
                 os.unlink(block["path"])

@@ -143,6 +143,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._libvirt import Libv
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import config_path, incoming_env, is_active, systemctl, vm_unit
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, check_name, read_record, record_path
+from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import is_remote_ram
 from ansible_collections.hecaton.fleet.plugins.module_utils._vm_facts import facts_from_qmp, parse_environment
 
 ARGUMENT_SPEC = {
@@ -211,6 +212,7 @@ class VmIncoming:
             return {"changed": False, "present": True, "busy": []}
         self._check_cordon()
         self._check_namesake()
+        self._check_ram()
         memory = self.params["memory_mib"] or self._memory_of_config()
         with _reservations.locked():
             reservations = _reservations.live(arriving_qmp() | self.libvirt_arriving)
@@ -274,6 +276,12 @@ class VmIncoming:
             record = read_record(self.state_dir, self.name, incoming=True) or {}
             if record.get("phase") in ("receiving", "arrived"):
                 raise MigrationError(f"{self.name} is arriving on this host already; wait until that has ended (journalctl -u {unit_name(self.name, True)})")
+
+    def _check_ram(self) -> None:
+        for block in self.params["ram"]:
+            folder = os.path.dirname(block["path"])
+            if not is_remote_ram(folder):
+                raise MigrationError(f"{folder} is not on a remote_ram file system on this host; the playbook hecaton.fleet.prepare mounts one")
 
     def _memory_of_config(self) -> int:
         facts = facts_from_qmp(self.name, parse_environment(self.params["config"]), None)

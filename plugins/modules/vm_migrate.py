@@ -131,6 +131,13 @@ options:
     description:
       - What M(hecaton.fleet.vm_incoming) returned as RV(hecaton.fleet.vm_incoming#module:incoming) on the destination. The action plugin sees to it.
     type: dict
+  onboard:
+    description:
+      - Whether its memory is to be on a C(remote_ram) file system at the destination, so that the next migration can be one of
+        O(engine=remote_ram). A virtual machine whose memory is there already moves as it is.
+      - Only for O(driver=qmp) and O(engine=precopy), because QEMU's post-copy takes no such file.
+    type: bool
+    default: false
   token:
     description:
       - Secret that both sides of O(engine=remote_ram) have to know, 32 hexadecimal digits. The action plugin makes one.
@@ -206,7 +213,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import 
     systemctl,
     vm_unit,
 )
-from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import is_serving, ram_blocks
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import is_serving, onboarded, ram_blocks
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, abort_path, check_name, finish_stale, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
@@ -238,6 +245,7 @@ ARGUMENT_SPEC = {
     "evacuation": {"type": "str"},
     "journal": {"type": "str"},
     "incoming": {"type": "dict"},
+    "onboard": {"type": "bool", "default": False},
     "token": {"type": "str", "no_log": True},
 }
 #: Least value of each number, and its greatest where there is one.
@@ -382,15 +390,24 @@ class VmMigrate:
         except OSError as err:
             raise MigrationError(f"{self.name} runs here, and its definition {config_path(self.name)} can't be read: {err.strerror}") from err
         enabled = systemctl("is-enabled", vm_unit(self.name), check=False) == "enabled"
-        return {"driver": "qmp", "config": config, "enabled": enabled, "ram": self._ram()}
+        return {"driver": "qmp", "enabled": enabled, **self._ram(config)}
 
-    def _ram(self) -> list:
-        """The VM's RAM files, for the engine that moves them."""
-        if self.params["engine"] != "remote_ram" or self.params["state"] != "migrated":
-            return []
+    def _ram(self, config: str) -> dict:
+        """The VM's definition for the destination, and those RAM files that have to be on a remote_ram file system there."""
+        engine, onboard = self.params["engine"], self.params["onboard"]
+        if self.params["state"] != "migrated" or not (onboard or engine == "remote_ram"):
+            return {"config": config, "ram": []}
         try:
             with QmpClient(agent_socket(self.name), timeout=10) as qmp:
-                return ram_blocks(qmp)
+                if not onboard:
+                    return {"config": config, "ram": ram_blocks(qmp)}
+                try:
+                    return {"config": config, "ram": ram_blocks(qmp)}
+                except MigrationError:
+                    if engine != "precopy":
+                        raise MigrationError(f"{self.name} can only be onboarded by the engine precopy, not by {engine}") from None
+                    config, block = onboarded(config, self.name, qmp.execute("query-memdev"))
+                    return {"config": config, "ram": [block]}
         except QmpError as err:
             raise MigrationError(f"the QEMU of {self.name} does not answer: {err}") from err
 
