@@ -119,7 +119,8 @@ def version_text(number: int) -> str:
     return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
 
 
-def engines(drivers: list, unprivileged: str | None, device: bool, libvirt_version: str | None = None, mounts: str = "", rdma_devices: list | None = None) -> dict:
+def engines(drivers: list, unprivileged: str | None, device: bool, libvirt_version: str | None = None, mounts: str = "",
+            rdma_devices: list | None = None) -> dict:  # fmt: skip
     """What a host can do as a *destination*. QEMU's post-copy needs userfaultfd there, and nowhere else.
 
     :param drivers: those that the host has. One that can't use userfaultfd is enough of an obstacle: the plan chooses
@@ -143,7 +144,11 @@ def engines(drivers: list, unprivileged: str | None, device: bool, libvirt_versi
         remote.append(blocker("remote_ram_missing", "no remote_ram file system is mounted (the playbook prepare does that)"))
     if not rdma_devices:
         remote.append(blocker("rdma_missing", "there is no RDMA device (the playbook prepare makes one)"))
-    return {"remote_ram": {"usable": not remote, "blockers": remote}, "precopy": {"usable": True, "blockers": []}, "userfault": {"usable": not blockers, "blockers": blockers}}
+    return {
+        "remote_ram": {"usable": not remote, "blockers": remote},
+        "precopy": {"usable": True, "blockers": []},
+        "userfault": {"usable": not blockers, "blockers": blockers},
+    }
 
 
 def blocker(code: str, message: str) -> dict:

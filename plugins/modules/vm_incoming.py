@@ -348,7 +348,8 @@ class VmIncoming:
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True, required_if=[("driver", "qmp", ["config"]), ("engine", "remote_ram", ["token"])])
+    required = [("driver", "qmp", ["config"]), ("engine", "remote_ram", ["token"])]
+    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True, required_if=required)
     try:
         result = VmIncoming(module).run()
     except (MigrationError, LibvirtError) as err:

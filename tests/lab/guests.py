@@ -102,7 +102,8 @@ class Guest:
             )
         memory = ""
         if self.remote_ram:
-            memory = f",memory-backend=pc.ram -object memory-backend-file,id=pc.ram,mem-path=/run/remote_ram/{self.name}.ram,share=on,prealloc=off,size={self.memory_mib}M"
+            backend = f"id=pc.ram,mem-path=/run/remote_ram/{self.name}.ram,share=on,prealloc=off,size={self.memory_mib}M"
+            memory = f",memory-backend=pc.ram -object memory-backend-file,{backend}"
         return (
             f"QEMU_ARGS=\"-machine pc,accel=kvm,hpet=off{memory} -cpu {self.cpu} -smp 1 -m {self.memory_mib} -uuid {self.uuid} "
             f"-kernel /boot/vmlinuz -initrd {self.initrd} "
