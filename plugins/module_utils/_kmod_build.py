@@ -72,7 +72,7 @@ def _from_archive(src: str, path: str | None, exclude: list) -> dict:
             for member in archive:
                 name = os.path.normpath(member.name)
                 if path:
-                    _, found, name = f"/{name}".partition(f"/{path.strip('/')}/")
+                    found, name = f"/{name}".partition(f"/{path.strip('/')}/")[1:]
                     if not found:
                         if files:
                             break

@@ -107,6 +107,12 @@ class Connection:
             queue.close()
 
 
+def say(text: str) -> None:
+    """Writes a line to the journal of the listening side."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def netdev_of(device: str) -> str | None:
     """The network interface of a device's first port."""
     try:
@@ -172,9 +178,9 @@ def listen(address: str, port: int, ready=None) -> None:
             connection = Connection(cmid)
             ended.append(connection)
             serve(connection)
-            print("served one probe", flush=True)
+            say("served one probe")
         except (PyverbsError, ProbeError) as err:
-            print(f"a probe ended early: {err}", flush=True)
+            say(f"a probe ended early: {err}")
 
 
 def serve(connection: Connection) -> None:
@@ -322,7 +328,7 @@ def watched(work, seconds: float):
                 raise ProbeError(stage, "its process ended without a word")
             buffer += chunk
             while b"\n" in buffer:
-                line, _, buffer = buffer.partition(b"\n")
+                line, buffer = buffer.split(b"\n", 1)
                 kind, value = json.loads(line)
                 if kind == "stage":
                     stage = value
@@ -341,6 +347,6 @@ def watched(work, seconds: float):
 
 if __name__ == "__main__":
     try:
-        listen(sys.argv[1], int(sys.argv[2]), ready=lambda: print("listening", flush=True))
+        listen(sys.argv[1], int(sys.argv[2]), ready=lambda: say("listening"))
     except ProbeError as err:
-        sys.exit(str(err))
+        raise SystemExit(str(err)) from err
