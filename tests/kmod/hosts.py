@@ -178,7 +178,7 @@ class File:
 
     def __init__(self, hosts, name, mib=16):
         self.source, self.dest = hosts
-        self.name, self.size = name, int(mib * MIB)
+        self.name, self.size, self.port = name, int(mib * MIB), 0
         self.path, self.shadow = f"/run/remote_ram/{name}", f"/dev/shm/{name}"
 
     @property
