@@ -208,6 +208,12 @@ static void rram_fetch_done(struct ib_cq *cq, struct ib_wc *wc)
 	unsigned int i;
 	u64 ns;
 
+	/*
+	 * siw completes a READ twice if its queue pair ends when it is queued
+	 * for sending: it is on two of siw's lists by then.
+	 */
+	if (!xchg(&r->under_way, false))
+		return;
 	if (r->by_rw)
 		rdma_rw_ctx_destroy(&r->rw, wc->qp, wc->qp->port, r->sg, r->nr,
 				    DMA_FROM_DEVICE);
@@ -261,6 +267,7 @@ static int rram_post_read(struct rram_session *s, struct rram_fetch *r,
 	r->posted = ktime_get();
 	r->by_rw = r->bulk || rram_needs_sink_key(s->dev);
 	atomic_inc(&s->dst->active);
+	WRITE_ONCE(r->under_way, true);
 	if (r->by_rw) {
 		sg_init_table(r->sg, r->nr);
 		for (i = 0; i < r->nr; i++)
@@ -300,6 +307,7 @@ static int rram_post_read(struct rram_session *s, struct rram_fetch *r,
 	WRITE_ONCE(s->broken, true);
 	rram_poke(s);
 undo:
+	WRITE_ONCE(r->under_way, false);
 	atomic_dec(&s->dst->active);
 	return err;
 }

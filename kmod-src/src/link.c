@@ -40,13 +40,15 @@ static void rram_link_note(struct rram_link *l, int stage, bool failed,
 	rram_poke(l->s);
 }
 
-static int rram_reject_reason(struct rdma_cm_id *id, struct rdma_cm_event *ev)
+static int rram_reject_reason(struct rdma_cm_event *ev)
 {
-	const struct rram_answer *answer;
-	u8 len = 0;
+	/*
+	 * Not rdma_consumer_reject_data(): siw reports a refusal as a reset,
+	 * which that does not take for one. The magic number tells.
+	 */
+	const struct rram_answer *answer = ev->param.conn.private_data;
 
-	answer = rdma_consumer_reject_data(id, ev, &len);
-	if (!answer || len < sizeof(*answer) ||
+	if (!answer || ev->param.conn.private_data_len < sizeof(*answer) ||
 	    le32_to_cpu(answer->magic) != RRAM_MAGIC)
 		return RRAM_REASON_UNREACHABLE;
 	return le16_to_cpu(answer->reason);
@@ -68,7 +70,7 @@ static int rram_link_event(struct rdma_cm_id *id, struct rdma_cm_event *ev)
 		rram_link_note(l, ev->event, false, 0);
 		break;
 	case RDMA_CM_EVENT_REJECTED:
-		rram_link_note(l, 0, true, rram_reject_reason(id, ev));
+		rram_link_note(l, 0, true, rram_reject_reason(ev));
 		break;
 	case RDMA_CM_EVENT_ADDR_ERROR:
 	case RDMA_CM_EVENT_ROUTE_ERROR:

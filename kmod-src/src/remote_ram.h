@@ -136,6 +136,7 @@ struct rram_offer;
  * @bulk: of which kind
  * @offer: what it answers, if it was offered
  * @posted: when
+ * @under_way: its completion has not come
  * @by_rw: @rw is in use, and not @wr with @sge
  * @rw: READ into several pages, or where the sink needs a key of its own
  * @wr: READ into one page
@@ -153,6 +154,7 @@ struct rram_fetch {
 	bool bulk;
 	struct rram_offer *offer;
 	ktime_t posted;
+	bool under_way;
 	bool by_rw;
 	struct rdma_rw_ctx rw;
 	struct ib_rdma_wr wr;

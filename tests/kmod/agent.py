@@ -88,9 +88,13 @@ class Agent:
     def unlink(self, name):
         os.unlink(f"{MOUNT}/{name}")
 
-    def session(self, name, what, address, port=7000, token="t" * 16, uuid="u" * 16, connect_ms=0, reconnect_ms=0, heartbeat_ms=0, dead_ms=0, bandwidth=0):
+    def session(
+        self, name, what, address, port=7000, token="t" * 16, uuid="u" * 16,
+        connect_ms=0, reconnect_ms=0, heartbeat_ms=0, dead_ms=0, bandwidth=0,
+    ):  # fmt: skip
         sockaddr = struct.pack("<H", socket.AF_INET) + struct.pack(">H", port) + socket.inet_aton(address) + bytes(120)
-        found = call(self.file(name), what, SESSION, 0, uuid.encode(), token.encode(), sockaddr, connect_ms, reconnect_ms, heartbeat_ms, dead_ms, bandwidth, 0, 0)
+        times = connect_ms, reconnect_ms, heartbeat_ms, dead_ms
+        found = call(self.file(name), what, SESSION, 0, uuid.encode(), token.encode(), sockaddr, *times, bandwidth, 0, 0)
         return struct.unpack(">H", found[4][2:4])[0]
 
     def precopy(self, name, ms, stop=0, bandwidth=0):
@@ -109,7 +113,7 @@ class Agent:
 
     def stats(self, name):
         found = call(self.file(name), "stats", STATS, *[0] * 98)
-        return {**dict(zip(NAMES, found)), "wait_hist": found[35:67], "read_hist": found[67:]}
+        return {**dict(zip(NAMES, found[:35], strict=True)), "wait_hist": found[35:67], "read_hist": found[67:]}
 
     def abort(self, name):
         fcntl.ioctl(self.file(name), CALLS["abort"])
@@ -138,7 +142,8 @@ class Agent:
                 struct.pack_into("<I", data, 8, dice.randrange(3))  # not for ever
             if what in ("export", "attach") and dice.random() < 0.5:
                 struct.pack_into("<I", data, 4, 0)
-                data[40:168] = struct.pack("<H", 2) + struct.pack(">H", dice.choice((0, 1, 7009))) + socket.inet_aton(dice.choice(("127.0.0.1", "0.0.0.0", "255.255.255.255"))) + bytes(120)
+                port, address = dice.choice((0, 1, 7009)), dice.choice(("127.0.0.1", "0.0.0.0", "255.255.255.255"))
+                data[40:168] = struct.pack("<H", socket.AF_INET) + struct.pack(">H", port) + socket.inet_aton(address) + bytes(120)
                 struct.pack_into("<I", data, 168, dice.choice((1, 50)))
                 data[184:] = bytes(len(data) - 184)
             command = CALLS[what] if dice.random() < 0.9 else number(dice.randrange(4), dice.randrange(0x0F, 0x1C), dice.choice((0, size, 4096)))

@@ -84,7 +84,8 @@ def tree() -> pathlib.Path:
 
 def inside(root: pathlib.Path, script: str, folder: pathlib.Path | None = None) -> str:
     """Runs a shell script in the small Debian, with a folder of ours at /build, and returns what it prints."""
-    outer = 'r=$1; for d in null zero urandom; do mount --bind "/dev/$d" "$r/dev/$d"; done; mount -t proc proc "$r/proc" 2>/dev/null || mount --rbind /proc "$r/proc"; '
+    outer = 'r=$1; for d in null zero urandom; do mount --bind "/dev/$d" "$r/dev/$d"; done; '
+    outer += 'mount -t proc proc "$r/proc" 2>/dev/null || mount --rbind /proc "$r/proc"; '
     outer += 'if [ "$3" ]; then mkdir -p "$r/build"; mount --bind "$3" "$r/build"; fi; '
     outer += 'exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C HOME=/ chroot "$r" sh -c "$2"'
     command = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "sh", "-ec", outer, "sh", str(root), script, str(folder or "")]
@@ -120,8 +121,10 @@ def built() -> pathlib.Path:
 
     def build(folder):
         stage(folder)
-        programs = "; ".join(f"gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I/build/kmod/include/uapi -o {pathlib.Path(name).stem} {name}" for name in PROGRAMS)
-        compile_in(root, folder, f"{modules} M=/build/kmod KCFLAGS=-Werror modules; strip -g kmod/remote_ram.ko; mv kmod/remote_ram.ko .; {programs}; rm -r kmod *.c")
+        script = f"{modules} M=/build/kmod KCFLAGS=-Werror modules; strip -g kmod/remote_ram.ko; mv kmod/remote_ram.ko .; "
+        for name in PROGRAMS:
+            script += f"gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -o {pathlib.Path(name).stem} {name}; "
+        compile_in(root, folder, script + "rm -r kmod *.c")
         shutil.copy(siw / "siw.ko", folder)
 
     return image.entry("kmod", image.digest(root.name, siw.name, *sources(), *[HERE / name for name in PROGRAMS]), build)
@@ -138,7 +141,8 @@ def check(how: str) -> str:
         folder = pathlib.Path(name)
         stage(folder)
         if how == "sparse":
-            text = inside(root, f"make -s -C /lib/modules/{release}/build M=/build/kmod CONFIG_DEBUG_INFO_BTF_MODULES= C=2 CF=-D__CHECK_ENDIAN__ -j$(nproc) modules 2>&1", folder)
+            command = f"make -s -C /lib/modules/{release}/build M=/build/kmod CONFIG_DEBUG_INFO_BTF_MODULES= C=2 CF=-D__CHECK_ENDIAN__ modules 2>&1"
+            text = inside(root, command, folder)
             # What the kernel's own headers are warned of is not ours.
             return "\n".join(line for line in text.splitlines() if "/build/kmod/" in line or line.startswith(("src/", "kmod/")))
         script = "cd /build/kmod"

@@ -11,8 +11,9 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import build
 import hosts as tools
+
+import build
 
 
 def pytest_addoption(parser):

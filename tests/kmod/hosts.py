@@ -18,7 +18,6 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "lab"))
 
-import build
 import lab as lab_module
 
 NAMES = ("hv1", "hv2")
@@ -130,7 +129,8 @@ class Host:
         self.lab.ssh(
             self.name,
             f"chmod +x {PROGRAMS}/*; modprobe -a ib_core iw_cm ib_uverbs libcrc32c rdma_ucm rdma_cm && {link} || exit 1; "
-            f"for d in $(ls /sys/class/infiniband 2>/dev/null); do rdma link delete $d; done; rdma link add {transport}0 type {transport} netdev mig0 || exit 1; "
+            f"for d in $(ls /sys/class/infiniband 2>/dev/null); do rdma link delete $d; done; "
+            f"rdma link add {transport}0 type {transport} netdev mig0 || exit 1; "
             f"insmod {PROGRAMS}/remote_ram.ko || exit 1; mount -t remote_ram none /run/remote_ram -o size=2G || exit 1; "
             # A task that waits for its peer on purpose may be killed, so it isn't counted as hung; these seconds find those that can't.
             "sysctl -q kernel.hung_task_timeout_secs=60 kernel.hung_task_warnings=-1 kernel.panic_on_oops=0 2>/dev/null; true",
@@ -178,7 +178,7 @@ class File:
 
     def __init__(self, hosts, name, mib=16):
         self.source, self.dest = hosts
-        self.name, self.size = name, int(mib * MIB)
+        self.name, self.size, self.port = name, int(mib * MIB), 0
         self.path, self.shadow = f"/run/remote_ram/{name}", f"/dev/shm/{name}"
 
     @property
@@ -273,12 +273,14 @@ def wait_for(what, seconds=60):
 @contextlib.contextmanager
 def cut(host, how):
     """The migration network is cut on a host while this lasts."""
+    rules = ["add table inet cut"]
+    for way, device in (("input", "iifname"), ("output", "oifname")):
+        rules += [f"add chain inet cut {way} {{ type filter hook {way} priority 0; }}", f"add rule inet cut {way} {device} mig0 drop"]
     begin, end = {
-        "drop": ("nft add table inet cut; nft add chain inet cut in '{ type filter hook input priority 0; }'; nft add chain inet cut out '{ type filter hook output priority 0; }'; "
-                 "nft add rule inet cut in iifname mig0 drop; nft add rule inet cut out oifname mig0 drop", "nft delete table inet cut"),
+        "drop": ("; ".join(f"nft '{rule}'" for rule in rules), "nft delete table inet cut"),
         "loss": ("tc qdisc replace dev mig0 root netem loss 100%", "tc qdisc del dev mig0 root"),
         "down": ("ip link set mig0 down", "ip link set mig0 up"),
-    }[how]  # fmt: skip
+    }[how]
     host.sh(begin)
     try:
         yield

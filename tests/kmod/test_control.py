@@ -70,7 +70,7 @@ def test_the_memory_cgroup_pays_for_what_arrives(ram):
 def test_swap_on_both_sides(ram):
     """Pages are swapped out while they are written, offered, read and pulled."""
     file = ram(8)
-    swap = "test -e /var/tmp/swap || { dd if=/dev/zero of=/var/tmp/swap bs=1M count=64 status=none && chmod 600 /var/tmp/swap && mkswap -q /var/tmp/swap; }; swapon /var/tmp/swap"
+    swap = "cd /var/tmp; test -e swap || { dd if=/dev/zero of=swap bs=1M count=64 status=none && chmod 600 swap && mkswap -q swap; }; swapon /var/tmp/swap"
     for host in (file.source, file.dest):
         host.sh(swap)
     try:
@@ -120,9 +120,7 @@ def test_huge_pages_after_completion(ram):
     file.check()
     # Back again, huge pages and all: they are written while they are offered.
     file.release()
-    shadow = file.shadow
     file.turn_round()
-    assert shadow == file.shadow
     file.connect()
     writer = file.run("wzhk")
     file.precopy(500)

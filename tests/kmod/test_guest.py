@@ -8,7 +8,7 @@ import importlib.util
 import pathlib
 
 import pytest
-from hosts import BACKGROUND, COMPLETE, LOST, POSTCOPY, wait_for
+from hosts import BACKGROUND, LOST, POSTCOPY, wait_for
 
 MIB = 96
 CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "pause-before-switchover")]
@@ -32,8 +32,10 @@ class Guest:
         self.base = f"/dev/shm/{file.name}"
         self.log, self.socket = f"{self.base}.log", f"{self.base}.qmp"
         host.sh(
-            f"rm -f {self.base}.*; ulimit -c unlimited; cd /var/tmp; qemu-system-x86_64 -name {file.name} -machine pc,accel=kvm,memory-backend=pc.ram -cpu host -smp 1 -m {MIB} "
-            f"-object memory-backend-file,id=pc.ram,mem-path={file.path},share=on,prealloc=off,size={MIB}M -nodefaults -display none "
+            f"rm -f {self.base}.*; ulimit -c unlimited; cd /var/tmp; qemu-system-x86_64 -name {file.name} "
+            f"-machine pc,accel=kvm,memory-backend=pc.ram -cpu host -smp 1 -m {MIB} "
+            f"-object memory-backend-file,id=pc.ram,mem-path={file.path},share=on,prealloc=off,size={MIB}M "
+            "-nodefaults -display none "
             "-kernel /boot/vmlinuz -initrd /root/kmod/tiny.cpio -append 'console=ttyS0 quiet mitigations=off no_timer_check random.trust_cpu=on "
             "dirty.mib=20 dirty.rate=4 dirty.pattern=random dirty.report=1' "
             f"-chardev socket,id=serial0,path={self.base}.serial,server=on,wait=off,logfile={self.log} -serial chardev:serial0 "
@@ -129,14 +131,16 @@ def test_a_guest_whose_qemu_aborts_in_the_middle_can_be_read(vm):
     assert file.dst("stats")["state"] == POSTCOPY
     missing = file.dst("stats")["pages_missing"]
     assert missing > 0
-    file.dest.sh(f"echo /var/tmp/core.%p > /proc/sys/kernel/core_pattern; echo 0x7f > /proc/{guests[1].pid}/coredump_filter; prlimit --core=unlimited --pid {guests[1].pid}")
+    pid = guests[1].pid
+    file.dest.sh("echo /var/tmp/core.%p > /proc/sys/kernel/core_pattern")
+    file.dest.sh(f"echo 0x7f > /proc/{pid}/coredump_filter; prlimit --core=unlimited --pid {pid}")
     guests[1].kill(6)
     wait_for(lambda: not guests[1].alive(), 170)
     assert int(file.dest.sh("stat -c %s /var/tmp/core.*; rm -f /var/tmp/core.*").split()[0]) > MIB << 20
     # Every page the source had is here; the guest did not run, so next to nothing has changed.
     pages = "import hashlib,sys; f=open(sys.argv[1],'rb'); print(' '.join(hashlib.md5(f.read(4096)).hexdigest()[:8] for _ in range(int(sys.argv[2]))))"
     there, here = (host.sh(f"python3 -c \"{pages}\" {file.path} {file.pages}").split() for host in (file.source, file.dest))
-    assert sum(a != b for a, b in zip(there, here)) < 16
+    assert sum(a != b for a, b in zip(there, here, strict=True)) < 16
     file.dst("tune", what=BACKGROUND, value=1)
     file.complete()
     assert LOST not in file.states()

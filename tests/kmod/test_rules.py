@@ -195,7 +195,8 @@ def test_rule_3_a_switch_that_fails_leaves_the_file_as_it_was(ram):
     file.precopy(300)
     writer.tell("stop")
     # Page 0 was written behind the program's back.
-    file.source.sh(f"dd if=/dev/zero of={file.shadow} bs=4 count=1 conv=notrunc status=none; dd if=/dev/zero of={file.path} bs=4096 count=1 conv=notrunc status=none")
+    for path, size in ((file.shadow, 4), (file.path, 4096)):
+        file.source.sh(f"dd if=/dev/zero of={path} bs={size} count=1 conv=notrunc status=none")
     file.switch()
     file.check("map")
     file.complete()
