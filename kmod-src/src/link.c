@@ -7,6 +7,7 @@
  * happened and wakes it.
  */
 #include <linux/inet.h>
+#include <linux/sched/signal.h>
 #include <rdma/ib_cm.h>
 
 #include "remote_ram.h"
@@ -766,7 +767,11 @@ static int rram_connect_link(struct rram_session *s, enum rram_link_kind kind)
 	param.responder_resources = clamp(s->dev->attrs.max_qp_rd_atom, 1, 128);
 	param.initiator_depth = 1;
 	l->reason = RRAM_REASON_UNREACHABLE;
+	/* siw waits for TCP here, which takes minutes to give up. */
+	schedule_delayed_work(&s->hurry, msecs_to_jiffies(RRAM_STEP_MS));
 	err = rdma_connect(l->id, &param);
+	cancel_delayed_work_sync(&s->hurry);
+	flush_signals(current);
 	err = err ?: rram_await_stage(l, RDMA_CM_EVENT_ESTABLISHED);
 	memzero_explicit(&hello, sizeof(hello));
 	return err;

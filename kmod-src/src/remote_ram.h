@@ -13,6 +13,7 @@
 #include <linux/rwsem.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
+#include <linux/workqueue.h>
 #include <rdma/ib_verbs.h>
 #include <rdma/rdma_cm.h>
 #include <rdma/rw.h>
@@ -218,6 +219,7 @@ struct rram_dest;
  * @taken_back: it was RRAM_IOC_TAKE_BACK
  * @over: the thread has given up everything
  * @thread: does all that is not done in a fault or a completion
+ * @hurry: ends a wait of @thread in code that is not ours
  * @wake: where @thread sleeps
  * @poke: there is something for it to do
  * @changed: where those sleep who wait for a state
@@ -266,6 +268,7 @@ struct rram_session {
 	bool taken_back;
 	bool over;
 	struct task_struct *thread;
+	struct delayed_work hurry;
 	wait_queue_head_t wake;
 	atomic_t poke;
 	wait_queue_head_t changed;

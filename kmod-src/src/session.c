@@ -284,12 +284,22 @@ static void rram_say_abort(struct rram_session *s)
 	rram_msg_flush(s);
 }
 
+/* The thread waits inside somebody else's code, and has waited enough. */
+static void rram_hurry(struct work_struct *work)
+{
+	struct rram_session *s = container_of(work, struct rram_session,
+					      hurry.work);
+
+	send_sig(SIGINT, s->thread, 1);
+}
+
 static int rram_thread(void *data)
 {
 	struct rram_session *s = data;
 	enum rram_state state;
 	bool more = false, said = false;
 
+	allow_signal(SIGINT);	/* from rram_hurry() alone */
 	if (s->role == RRAM_ROLE_SOURCE) {
 		rram_connect(s);
 		if (!s->linked)
@@ -363,6 +373,7 @@ struct rram_session *rram_session_new(struct rram_file *f, enum rram_role role,
 	init_waitqueue_head(&s->wake);
 	init_waitqueue_head(&s->changed);
 	init_rwsem(&s->linksem);
+	INIT_DELAYED_WORK(&s->hurry, rram_hurry);
 	INIT_LIST_HEAD(&s->requests);
 	INIT_LIST_HEAD(&s->tx);
 	INIT_LIST_HEAD(&s->rx);
