@@ -21,9 +21,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(HERE / "lab")]
 
+import playbook
+
 import guests as lab_guests
 import lab as lab_module
-import playbook
 from image import LabError
 
 OUT = ROOT / "build" / "demo"

@@ -20,9 +20,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE.parent / "guest")]
 
+import playbook
+
 import guests as lab_guests
 import lab as lab_module
-import playbook
 import report as guest_report
 from image import LabError
 

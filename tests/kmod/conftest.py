@@ -11,9 +11,8 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import hosts as tools
-
 import build
+import hosts as tools
 
 
 def pytest_addoption(parser):

@@ -12,10 +12,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
+import build
 import hosts
 from image import LabError
-
-import build
 
 
 def main(arguments: list) -> int:

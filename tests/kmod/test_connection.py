@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from hosts import BACKGROUND, COMPLETE, CONNECTED, FAILED, LOST, POSTCOPY, RECONNECTING, cut, wait_for
 
 QUICK = {"heartbeat_ms": 300, "dead_ms": 1500}

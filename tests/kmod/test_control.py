@@ -8,6 +8,7 @@ import os
 import random
 
 import pytest
+
 from hosts import BACKGROUND, PRECOPY, wait_for
 
 

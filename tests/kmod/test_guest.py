@@ -8,6 +8,7 @@ import importlib.util
 import pathlib
 
 import pytest
+
 from hosts import BACKGROUND, LOST, POSTCOPY, wait_for
 
 MIB = 96

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pytest
+
 from hosts import BACKGROUND, COMPLETE, CONNECTED, POSTCOPY, wait_for
 
 ALL_WRITES = "wwwwwwcrzhmpvk"
