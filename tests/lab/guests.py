@@ -20,11 +20,10 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "guest")]
 
+import build as guest_build
 import lab as lab_module
 import report as guest_report
 from image import LabError
-
-import build as guest_build
 
 FILES = "/var/lib/hecaton-lab"
 LOGS = "/var/log/hecaton-lab"
