@@ -402,6 +402,8 @@ class Lab:
                     "ansible_python_interpreter": "/usr/bin/python3",
                     "ansible_ssh_private_key_file": str(lab_keys / "control"),
                     "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder}/known_hosts -o IdentitiesOnly=yes -o LogLevel=ERROR",
+                    # Ansible's own, without -C: an emulated CPU would spend more on unpacking than the loopback takes.
+                    "ansible_ssh_args": "-o ControlMaster=auto -o ControlPersist=600s",
                     "ansible_pipelining": True,
                     "ansible_timeout": 60,
                     "rdma_netdev": "mig0",
