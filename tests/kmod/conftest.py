@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import hosts as tools
 
-import build
+import build  # noqa: I001  (of this folder, wherever it is copied to)
 
 
 def pytest_addoption(parser):
