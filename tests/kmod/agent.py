@@ -128,12 +128,12 @@ class Agent:
         """Calls with arguments at random; says how many were refused, by error."""
         dice, fd, seen = random.Random(seed), self.file(name), {}
         forms = {"export": SESSION, "attach": SESSION, "precopy": PRECOPY, "switch": SWITCH, "wait": WAIT, "stats": STATS, "tune": TUNE}
-        for _ in range(count):
+        for _turn in range(count):
             what = dice.choice(list(CALLS))
             form = forms.get(what, "<")
             size = struct.calcsize(form)
             data = bytearray(dice.choice((bytes(size), dice.randbytes(size))))
-            for _ in range(dice.randrange(4)):
+            for _turn in range(dice.randrange(4)):
                 if size:
                     struct.pack_into("<I", data, 4 * dice.randrange(size // 4), dice.choice((0, 1, 2, size, 0xFFFFFFFF, 0x80000000, dice.getrandbits(32))))
             if size and dice.random() < 0.7:

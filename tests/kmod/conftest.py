@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import build
+import build  # noqa: I001  (of this folder, wherever it is copied to)
 import hosts as tools
 
 

@@ -137,7 +137,7 @@ def test_rule_4_cut_while_pages_are_pulled(ram):
     file = ram(8).connect()
     file.dst("tune", what=1, value=2 << 20)
     file.switch()
-    for _ in range(3):
+    for _turn in range(3):
         before = file.dst("stats")["pages_background"]
         wait_for(lambda b=before: file.dst("stats")["pages_background"] > b + 32)
         file.dest.sh("echo 1 > /sys/kernel/debug/remote_ram/inject_drop")
@@ -298,7 +298,7 @@ def test_a_switch_that_nobody_waited_for(ram):
 
 def test_completed_and_back_again(ram):
     file = ram(2)
-    for _ in range(3):
+    for _turn in range(3):
         file.connect()
         writer = file.run("wzhmpvk")
         file.precopy(200)

@@ -19,7 +19,7 @@ def moves(ram, count, seed):
     for number in range(count):
         file.connect()
         writer = file.run("".join(dice.sample("wwzhmpvkcr", 5)), threads=dice.randint(1, 4))
-        for _ in range(dice.randint(0, 2)):
+        for _turn in range(dice.randint(0, 2)):
             file.precopy(dice.choice((20, 100, 300)), stop=dice.choice((0, 10)))
         assert writer.tell("stop")["bad"] == 0, (seed, number)
         writer.kill()
@@ -79,7 +79,7 @@ def test_swap_on_both_sides(ram):
         writer = file.run("wzhpk")
         out = file.source.program("hold", file.path)
         out.hear()
-        for _ in range(3):
+        for _turn in range(3):
             assert out.tell("pageout")["ret"] == 0
             file.precopy(300)
         assert writer.tell("stop")["bad"] == 0
@@ -88,7 +88,7 @@ def test_swap_on_both_sides(ram):
         there = file.dest.program("hold", file.path)
         there.hear()
         reader = file.check("map", later=True)
-        for _ in range(3):
+        for _turn in range(3):
             assert there.tell("pageout")["ret"] == 0
         file.judge(reader)
         file.complete()

@@ -139,7 +139,7 @@ def test_a_guest_whose_qemu_aborts_in_the_middle_can_be_read(vm):
     wait_for(lambda: not guests[1].alive(), 170)
     assert int(file.dest.sh("stat -c %s /var/tmp/core.*; rm -f /var/tmp/core.*").split()[0]) > MIB << 20
     # Every page the source had is here; the guest did not run, so next to nothing has changed.
-    pages = "import hashlib,sys; f=open(sys.argv[1],'rb'); print(' '.join(hashlib.md5(f.read(4096)).hexdigest()[:8] for _ in range(int(sys.argv[2]))))"
+    pages = "import hashlib,sys; f=open(sys.argv[1],'rb'); print(' '.join(hashlib.md5(f.read(4096)).hexdigest()[:8] for _turn in range(int(sys.argv[2]))))"
     there, here = (host.sh(f"python3 -c \"{pages}\" {file.path} {file.pages}").split() for host in (file.source, file.dest))
     assert sum(a != b for a, b in zip(there, here, strict=True)) < 16
     file.dst("tune", what=BACKGROUND, value=1)

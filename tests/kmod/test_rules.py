@@ -232,7 +232,7 @@ def test_rule_6_killed_while_it_waits(ram):
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
     file.dest.sh("echo 3000000 > /sys/kernel/debug/remote_ram/inject_delay_us; true")
-    programs = [file.check("map", threads=4, later=True) for _ in range(2)]
+    programs = [file.check("map", threads=4, later=True) for _turn in range(2)]
     wait_for(lambda: file.dst("stats")["faults_retry"] > 0)
     for program in programs:
         program.kill()
