@@ -59,7 +59,6 @@ lab-down: ## Stop the lab
 molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacuate
 	@$(PYTHON) tests/needs.py lab
 	@$(PYTHON) tests/lab/lab.py up
-	@$(PYTHON) tests/lab/lab.py up
 	@venv=$$($(PYTHON) tests/devenv.py) && cd build/collections/ansible_collections/hecaton/fleet/extensions && \
 	  PATH="$$venv/bin:$$PATH" ANSIBLE_COLLECTIONS_PATH="$(CURDIR)/build/collections" HECATON_CHECKOUT="$(CURDIR)" \
 	  molecule --base-config molecule/config.yml test --scenario-name $(SCENARIO)
