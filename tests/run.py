@@ -38,8 +38,8 @@ STAGES = (
     Stage("abort", ("molecule", "SCENARIO=abort"), 2400),
     Stage("refuse", ("molecule", "SCENARIO=refuse"), 2400),
     Stage("faults", ("molecule", "SCENARIO=faults"), 2400),
-    Stage("kmod", ("test-kmod",), 3600),
     Stage("remote_ram", ("molecule", "SCENARIO=remote_ram"), 2400),
+    Stage("rdma", ("molecule", "SCENARIO=rdma"), 3600),
 )
 
 

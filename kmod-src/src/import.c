@@ -1112,6 +1112,28 @@ void rram_dest_linked(struct rram_session *s)
 	s->dst->said = rram_say(s, RRAM_MSG_COMPLETE);
 }
 
+/*
+ * A queue pair has been drained: what has not ended will not. siw forgets the
+ * READs that wait for an answer when it closes a connection whose send queue
+ * is empty.
+ */
+void rram_dest_sweep(struct rram_session *s, enum rram_link_kind kind,
+		     struct ib_qp *qp)
+{
+	struct ib_wc wc = { .status = IB_WC_WR_FLUSH_ERR, .qp = qp };
+	bool bulk = kind == RRAM_LINK_BULK;
+	unsigned int i;
+
+	for (i = 0; i < RRAM_URGENT_DEPTH + RRAM_BULK_DEPTH; i++) {
+		struct rram_fetch *r = &s->dst->fetches[i];
+
+		if (r->bulk != bulk || !READ_ONCE(r->under_way))
+			continue;
+		wc.wr_cqe = &r->cqe;
+		rram_fetch_done(NULL, &wc);
+	}
+}
+
 /* The connection is down, and with it all keys and all that was under way. */
 void rram_dest_drop(struct rram_session *s)
 {

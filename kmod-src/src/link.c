@@ -621,6 +621,17 @@ static int rram_make_qp(struct rram_session *s, enum rram_link_kind kind)
 	return bulk ? rram_make_bufs(s) : 0;
 }
 
+/* Every READ and every message of a link has ended after this. */
+static void rram_drain(struct rram_session *s, enum rram_link_kind kind)
+{
+	struct rdma_cm_id *id = s->link[kind].id;
+
+	rdma_disconnect(id);
+	ib_drain_qp(id->qp);
+	if (s->role == RRAM_ROLE_DESTINATION)
+		rram_dest_sweep(s, kind, id->qp);
+}
+
 /*
  * Ends all that is under way on a connection, for the thread that has to wait
  * for it. The connection is taken down later.
@@ -633,10 +644,8 @@ void rram_break(struct rram_session *s)
 	for (kind = 0; kind < RRAM_LINKS; kind++) {
 		struct rdma_cm_id *id = s->link[kind].id;
 
-		if (!id || !id->qp)
-			continue;
-		rdma_disconnect(id);
-		ib_drain_qp(id->qp);
+		if (id && id->qp)
+			rram_drain(s, kind);
 	}
 }
 
@@ -647,9 +656,7 @@ static void rram_link_destroy(struct rram_session *s, enum rram_link_kind kind)
 	if (!l->id)
 		return;
 	if (l->id->qp) {
-		rdma_disconnect(l->id);
-		/* Every READ and every message has ended after this. */
-		ib_drain_qp(l->id->qp);
+		rram_drain(s, kind);
 		rdma_destroy_qp(l->id);
 	}
 	if (l->cq)

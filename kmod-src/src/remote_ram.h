@@ -399,6 +399,8 @@ int rram_dest_new(struct rram_session *s);
 void rram_dest_free(struct rram_session *s);
 void rram_dest_linked(struct rram_session *s);
 void rram_dest_drop(struct rram_session *s);
+void rram_dest_sweep(struct rram_session *s, enum rram_link_kind kind,
+		     struct ib_qp *qp);
 void rram_dest_end(struct rram_session *s, bool lost);
 bool rram_dest_message(struct rram_session *s, struct rram_buf *b);
 bool rram_dest_lingers(struct rram_session *s);
