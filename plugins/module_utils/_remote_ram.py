@@ -97,6 +97,8 @@ def sockaddr(address: str, port: int) -> bytes:
 
     :raises RemoteRamError: it is neither an address nor a name of one.
     """
+    if not 0 <= port <= 65535:
+        raise RemoteRamError(f"{address!r} port {port} is not an address: ports go from 0 to 65535")
     try:
         family, _kind, _proto, _name, resolved = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, OverflowError, UnicodeError) as err:
