@@ -59,7 +59,11 @@ def run(stage: Stage) -> tuple[bool, str]:
     """Whether the stage passed, and why not."""
     with open(LOGS / f"{stage.name}.log", "w") as log:
         command = [os.environ.get("MAKE", "make"), "--no-print-directory", *stage.targets]
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        # What this run of make was given, like ARGS, is for this script and not for the stages.
+        given = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(stage.timeout)
             return code == 0, f"exit status {code}"
