@@ -23,18 +23,23 @@ FRESH = 180
 
 
 @contextlib.contextmanager
-def locked(folder: str = FOLDER):
-    """Two reservations are never decided on at once."""
+def locked(folder: str = FOLDER, look_only: bool = False):
+    """Two reservations are never decided on at once. Who only looks leaves nothing behind, not even the lock."""
+    if look_only:
+        yield
+        return
     os.makedirs(folder, mode=0o755, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def live(arriving: set, folder: str = FOLDER, now: float | None = None) -> dict:
-    """Reservations that count, by VM; removes the others. ``arriving``: names of VMs that are being received now."""
+def live(arriving: set, folder: str = FOLDER, now: float | None = None, look_only: bool = False) -> dict:
+    """Reservations that count, by VM; removes the others, unless ``look_only``. ``arriving``: names of VMs that are being received now."""
     now = time.time() if now is None else now
     found = {}
+    if not os.path.isdir(folder):
+        return found
     for entry in sorted(os.listdir(folder)):
         if not entry.endswith(".json"):
             continue
@@ -47,7 +52,7 @@ def live(arriving: set, folder: str = FOLDER, now: float | None = None) -> dict:
             counts = False
         if counts:
             found[reservation["vm"]] = reservation
-        else:
+        elif not look_only:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
     return found

@@ -214,8 +214,9 @@ class VmIncoming:
         self._check_namesake()
         self._check_ram()
         memory = self.params["memory_mib"] or self._memory_of_config()
-        with _reservations.locked():
-            reservations = _reservations.live(arriving_qmp() | self.libvirt_arriving)
+        look_only = self.module.check_mode
+        with _reservations.locked(look_only=look_only):
+            reservations = _reservations.live(arriving_qmp() | self.libvirt_arriving, look_only=look_only)
             reservations.pop(self.name, None)
             if 0 < self.params["max_incoming"] <= len(reservations):
                 return {"changed": False, "present": False, "busy": sorted(reservations)}

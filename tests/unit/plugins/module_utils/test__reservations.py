@@ -87,3 +87,13 @@ def test_room_is_what_is_free_less_what_is_kept_for_others():
     assert _reservations.shortage(1000, 500, 2000, 500) == 0
     assert _reservations.shortage(1000, 500, 2000, 501) == 1
     assert _reservations.shortage(1000, 0, 4000, 0) == -3000
+
+
+def test_who_only_looks_leaves_nothing_behind(tmp_path):
+    folder = str(tmp_path / "reserved")
+    with _reservations.locked(folder, look_only=True):
+        assert _reservations.live(set(), folder, look_only=True) == {}
+    assert not (tmp_path / "reserved").exists()
+    _reservations.reserve("old", 1, "hv1", folder)
+    assert _reservations.live(set(), folder, now=9e9, look_only=True) == {}
+    assert (tmp_path / "reserved" / "old.json").exists()
