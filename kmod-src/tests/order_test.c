@@ -134,7 +134,7 @@ static void test_heat(void)
 	};
 	unsigned int i;
 
-	for (i = 0; i < sizeof(table) / sizeof(table[0]); i++)
+	for (i = 0; i < ARRAY_SIZE(table); i++)
 		CHECK(rram_heat_of(table[i].round,
 				   rram_round_mark(table[i].dirtied_in)) ==
 		      table[i].heat, "row %u", i);

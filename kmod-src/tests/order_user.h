@@ -12,6 +12,7 @@ typedef unsigned char u8;
 typedef unsigned long long u64;
 
 #define BITS_PER_LONG (8 * sizeof(long))
+#define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
 
 #define min(a, b) ({			\
 	__typeof__(a) _a = (a);		\
