@@ -92,16 +92,21 @@ def _reason(number: int) -> str:
     return REASONS[number] if number < len(REASONS) else f"reason {number}"
 
 
+def _state(number: int) -> str:
+    """Its name; a number that a newer kernel made up is no reason to fail."""
+    return STATES[number] if number < len(STATES) else f"state {number}"
+
+
 def sockaddr(address: str, port: int) -> bytes:
     """An IPv4 or IPv6 address as a ``struct sockaddr_storage``.
 
     :raises RemoteRamError: it is neither an address nor a name of one.
     """
     if not 0 <= port <= 65535:
-        raise RemoteRamError(f"{address!r} port {port} is not an address: ports go from 0 to 65535")
+        raise RemoteRamError(f"{address!r} port {port} is not an address: ports are from 0 to 65535")
     try:
         family, _kind, _proto, _name, resolved = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, OverflowError, UnicodeError) as err:
+    except (OSError, UnicodeError) as err:
         raise RemoteRamError(f"{address!r} port {port} is not an address: {err}") from err
     packed = socket.inet_pton(family, resolved[0].partition("%")[0])
     if family == socket.AF_INET:
@@ -130,13 +135,15 @@ class RamFile:
 
     :param path: the file.
     :param size: make it, and give it this size.
+    :param read_only: open it only to look: for :meth:`stats` and :meth:`wait`.
     :raises RemoteRamError: it can't be opened, or has another size.
     """
 
-    def __init__(self, path: str, size: int | None = None):
+    def __init__(self, path: str, size: int | None = None, *, read_only: bool = False):
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if size is not None else 0), 0o600)
+            access = os.O_RDONLY if read_only else os.O_RDWR
+            self.fd = os.open(path, access | os.O_CLOEXEC | (os.O_CREAT if size is not None else 0), 0o600)
         except OSError as err:
             raise RemoteRamError(f"{path} can't be opened: {err.strerror}", err.errno or 0) from err
         try:
@@ -205,7 +212,7 @@ class RamFile:
         argument = bytearray(_WAIT.pack(_WAIT.size, sum(1 << STATES.index(state) for state in states), timeout_ms, 0, 0, 0))
         self._call("wait", WAIT, argument)
         values = _WAIT.unpack(argument)
-        return STATES[values[3]], _reason(values[4])
+        return _state(values[3]), _reason(values[4])
 
     def stats(self) -> dict:
         """``struct rram_stats`` as a dict; role, state and reason in words, histograms as lists."""
@@ -216,7 +223,7 @@ class RamFile:
         result = dict(zip(_STATS_WORDS + _STATS_COUNTS, values))
         result["wait_hist"] = list(values[words + len(_STATS_COUNTS) :][:_BUCKETS])
         result["read_hist"] = list(values[words + len(_STATS_COUNTS) + _BUCKETS :])
-        result.update(role=ROLES[result["role"]], state=STATES[result["state"]], reason=_reason(result["reason"]))
+        result.update(role=ROLES[result["role"]], state=_state(result["state"]), reason=_reason(result["reason"]))
         if result["remaining_us"] == 0xFFFFFFFFFFFFFFFF:
             result["remaining_us"] = None
         return result
