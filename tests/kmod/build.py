@@ -24,7 +24,7 @@ import image
 from image import LabError
 
 KMOD = REPO / "kmod-src"
-#: Test programs; the other C files here are a module for the tests of kmod_build.
+#: Test programs of this folder; those of kmod-src/tests come by its Makefile.
 PROGRAMS = ("ram.c",)
 #: Besides the headers: what compiles modules and programs, checks sources, and the source of siw and checkpatch.
 PACKAGES = ("gcc", "libc6-dev", "make", "sparse", "libibverbs-dev", "librdmacm-dev", "linux-source", "xz-utils", "perl", "python3-minimal", "kmod")
@@ -99,6 +99,10 @@ def sources() -> list:
     return [KMOD / "Kbuild", KMOD / "Makefile", KMOD / "compat", KMOD / "include", KMOD / "src"]
 
 
+def programs() -> list:
+    return [*(HERE / name for name in PROGRAMS), KMOD / "tests" / "Makefile", *sorted((KMOD / "tests").glob("*.[ch]"))]
+
+
 def stage(folder: pathlib.Path) -> None:
     """Copies the sources into a folder that the small Debian sees."""
     (folder / "kmod").mkdir()
@@ -107,8 +111,9 @@ def stage(folder: pathlib.Path) -> None:
             shutil.copytree(part, folder / "kmod" / part.name, ignore=shutil.ignore_patterns("*.o", "*.cmd", "*.ko", "*.mod*"))
         else:
             shutil.copy(part, folder / "kmod")
-    for name in PROGRAMS:
-        shutil.copy(HERE / name, folder)
+    (folder / "kmod" / "tests").mkdir()
+    for path in programs():
+        shutil.copy(path, folder if path.parent == HERE else folder / "kmod" / "tests")
 
 
 def built() -> pathlib.Path:
@@ -124,10 +129,11 @@ def built() -> pathlib.Path:
         script = f"{modules} M=/build/kmod KCFLAGS=-Werror modules; strip -g kmod/remote_ram.ko; mv kmod/remote_ram.ko .; "
         for name in PROGRAMS:
             script += f"gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -o {pathlib.Path(name).stem} {name}; "
+        script += "make -s -C kmod/tests programs BUILD=/build; "
         compile_in(root, folder, script + "rm -r kmod *.c")
         shutil.copy(siw / "siw.ko", folder)
 
-    return image.entry("kmod", image.digest(root.name, siw.name, *sources(), *[HERE / name for name in PROGRAMS]), build)
+    return image.entry("kmod", image.digest(root.name, siw.name, *sources(), *programs()), build)
 
 
 def compile_in(root: pathlib.Path, folder: pathlib.Path, script: str) -> None:

@@ -118,6 +118,12 @@ class Host:
     def program(self, verb, *arguments, cgroup=None):
         return Program(self, [f"{PROGRAMS}/ram", verb, *map(str, arguments)], cgroup)
 
+    def hostile(self):
+        """A peer that does what it is told; see kmod-src/tests/hostile.c."""
+        program = Program(self, [f"{PROGRAMS}/hostile"])
+        assert program.hear() == {"started": True}
+        return program
+
     def install(self, folder, transport):
         """Loads the modules and mounts the file system, with one kind of device on the migration network."""
         files = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"}

@@ -1,0 +1,325 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Rule 5: a peer can READ only the RAM of the session it authenticated for. Whatever it says gets an error, and no more."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import pytest
+
+from hosts import BACKGROUND, CONNECTED, FAILED, LISTENING, LOST, POSTCOPY, REASONS, RECONNECTING, wait_for
+
+MAGIC = 0x4D415252
+CREDIT, PING, ABORT, OFFER, PULLED, DIRTY, SWITCH, SWITCHED, WANT, KEY, COMPLETE, BYE, PROGRESS = range(1, 14)
+URGENT, BULK = 0, 1
+
+
+def hello(size, link, magic=MAGIC, version=1, flags=0, uuid=b"u" * 16, token=b"t" * 16, epoch=1):
+    return struct.pack("<IHBB16s16sQI", magic, version, link, flags, uuid, token, size, epoch)
+
+
+def message(kind, body=b"", magic=MAGIC, credit=0, length=None):
+    return struct.pack("<IBBH", magic, kind, credit, 8 + len(body) if length is None else length) + body
+
+
+ACCEPT = struct.pack("<IHH", MAGIC, 1, 0)
+
+
+class Peer:
+    """A hostile program on one host, in a session with the module on the other."""
+
+    def __init__(self, host):
+        self.program = host.hostile()
+
+    def tell(self, *words):
+        answer = self.program.tell(" ".join((word.hex() or "-") if isinstance(word, bytes) else str(word) for word in words))
+        assert answer is not None and "error" not in answer, (words[:2], answer)
+        return answer
+
+    def source_of(self, file):
+        """Connects to the module as a source that has the token."""
+        for link in (URGENT, BULK):
+            answer = self.tell("connect", link, file.dest.address, file.port, hello(file.size, link))
+            assert answer["connected"], answer
+        assert file.dst("wait", states=[CONNECTED], ms=20000)[0] == CONNECTED
+
+    def destination_of(self, file):
+        """Lets the module connect, as a destination that has the token."""
+        port = self.tell("listen", file.dest.address)["port"]
+        export = file.source.start("session", name=file.name, what="export", address=file.dest.address, port=port)
+        for link in (0, 1):
+            self.tell("accept", link, ACCEPT)
+        export()
+        assert file.src("wait", states=[CONNECTED], ms=20000)[0] == CONNECTED
+
+    def next(self, kind, patience=20000):
+        """The next message of a kind; others are passed over."""
+        while True:
+            answer = self.tell("recv", BULK, patience)
+            assert answer.get("message"), answer
+            data = bytes.fromhex(answer["message"])
+            if data[4] == kind:
+                return data
+
+    def end(self):
+        self.program.finish()
+
+
+@pytest.fixture
+def peer():
+    peers = []
+
+    def make(host):
+        peers.append(Peer(host))
+        return peers[-1]
+
+    yield make
+    for each in peers:
+        each.end()
+
+
+# -- who may connect ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"magic": 1}, "protocol"), ({"version": 2}, "version"), ({"version": 0}, "version"), ({"link": 2}, "protocol"), ({"link": 255}, "protocol"),
+    ({"flags": 1}, "protocol"), ({"uuid": b"v" * 16}, "uuid"), ({"token": b"t" * 15 + b"u"}, "token"), ({"token": bytes(16)}, "token"),
+    ({"size": 4 << 20}, "size"), ({"size": 0}, "size"), ({"size": 2**64 - 1}, "size"),
+])  # fmt: skip
+def test_rule_5_a_source_that_is_not_the_one(ram, peer, change, reason):
+    file = ram(2)
+    file.attach()
+    answer = peer(file.source).tell("connect", 0, file.dest.address, file.port, hello(**{"size": file.size, "link": 0, **change}))
+    assert not answer["connected"]
+    told = bytes.fromhex(answer["answer"])
+    # On Ethernet the private data of a refusal are longer than what was given.
+    assert struct.unpack_from("<IHH", told) == (MAGIC, 1, REASONS.index(reason)), answer
+    assert file.dst("stats")["state"] == LISTENING
+    # It stands in nobody's way.
+    file.export()
+    file.switch()
+    file.complete()
+    file.check()
+
+
+def test_rule_5_connections_that_say_little(ram, peer):
+    file = ram(2)
+    file.attach()
+    hostile = peer(file.source)
+    dice = random.Random(5)
+    for data in (b"\0", hello(file.size, 0)[:20], dice.randbytes(52), hello(file.size, 0)[:51]):
+        assert not hostile.tell("connect", 0, file.dest.address, file.port, data)["connected"], data
+    # One link alone, and twice the same.
+    assert hostile.tell("connect", 0, file.dest.address, file.port, hello(file.size, 0))["connected"]
+    assert hostile.tell("connect", 1, file.dest.address, file.port, hello(file.size, 0, epoch=2))["connected"]
+    hostile.tell("close", 0)
+    hostile.tell("close", 1)
+    wait_for(lambda: file.dst("stats")["state"] == LISTENING)
+    file.export()
+    file.switch()
+    file.complete()
+    file.check()
+
+
+# -- what it may say ---------------------------------------------------------------------------------------------------
+
+
+def run_of(first, nr):
+    return struct.pack("<HH", first, nr)
+
+
+def offer(chunk, runs, nr=None, rkey=0x1234, iova=0x1000000, seq=1):
+    return message(OFFER, struct.pack("<IIIQI", seq, chunk, rkey, iova, len(runs) if nr is None else nr) + b"".join(runs))
+
+
+def dirty(first, nr, heat=3, flags=0, bits=b"", count=1):
+    return message(DIRTY, struct.pack("<IIHBB", count, first, nr, heat, flags) + bits)
+
+
+HEADERS = [
+    message(PING, magic=0), message(0), message(14), message(255), message(PING, length=9), message(PING, length=0), message(PING, b"x", length=8),
+    message(PING, credit=255), message(PING)[:7], b"\0", b"", message(PING, bytes(4088)), message(CREDIT, b"1"),
+]  # fmt: skip
+#: A file of 2 MiB has 512 pages in 2 chunks.
+TO_DESTINATION = [
+    *HEADERS,
+    *[message(kind, bytes(size)) for kind in (ABORT, OFFER, DIRTY, SWITCH, KEY) for size in (0, 3)],
+    *[message(kind, b"\xff" * size) for kind in (PULLED, SWITCHED, WANT, COMPLETE, PROGRESS) for size in (0, 4, 600)],
+    offer(2, [run_of(0, 1)]), offer(0xFFFFFFFF, [run_of(0, 1)]), offer(0, [run_of(255, 2)]), offer(0, [run_of(256, 1)]), offer(0, [run_of(0, 257)]),
+    offer(0, [run_of(0, 0)]), offer(0, [run_of(0xFFFF, 0x7FFF)]), offer(0, [run_of(0, 1)], nr=2), offer(0, [run_of(0, 1)], nr=0xFFFFFFFF),
+    offer(0, [run_of(0, 1)], nr=0x40000001), offer(1, [run_of(200, 0x8000 | 100)]), offer(0, [run_of(0, 0x8000)]), offer(0, []),
+    offer(0, [run_of(i, 1) for i in range(256)] * 3),
+    message(KEY, struct.pack("<IIIQ", 1, 2, 7, 0)), message(KEY, struct.pack("<I", 300)), message(KEY, struct.pack("<IIIQ", 2, 0, 7, 0)),
+    dirty(512, 1), dirty(0xFFFFFFFF, 1), dirty(511, 2), dirty(0, 513), dirty(0, 0), dirty(0, 1, heat=4), dirty(0, 1, heat=255), dirty(0, 1, flags=0x80),
+    dirty(0, 64, flags=1), dirty(0, 63, flags=1, bits=bytes(8)), dirty(480, 64, flags=1, bits=b"\xff" * 8), dirty(0, 0xFFC0, flags=1, bits=b"\xff" * 64),
+    dirty(0, 1, count=2), dirty(0, 1, count=0xFFFFFFFF), dirty(0, 1)[:-1],
+    dirty(0, 2),
+    message(SWITCH, struct.pack("<Q", 1)), message(SWITCH, struct.pack("<Q", 2**64 - 1)), message(BYE),
+]  # fmt: skip
+#: What the protocol allows, or a version of it might: nothing has to come of these.
+HARMLESS = {dirty(0, 2), message(CREDIT, b"1"), offer(0, []), message(PING, bytes(4088))}
+
+TO_SOURCE = [
+    *HEADERS,
+    *[message(kind, bytes(size)) for kind in (ABORT, PULLED, SWITCHED, WANT, PROGRESS) for size in (0, 3)],
+    *[message(kind, b"\xff" * size) for kind in (OFFER, DIRTY, SWITCH, KEY, BYE) for size in (0, 4, 600)],
+    message(PULLED, struct.pack("<I", 4711)), message(SWITCHED, struct.pack("<Q", 0)), message(COMPLETE), message(PROGRESS, b"\xff" * 616),
+    message(WANT, struct.pack("<II", 1, 2)), message(WANT, struct.pack("<II", 1, 0xFFFFFFFF)), message(WANT, struct.pack("<II", 2, 0)),
+    message(WANT, struct.pack("<I", 0x40000000)), message(WANT, struct.pack("<I", 0xFFFFFFFF) + bytes(4000)),
+]  # fmt: skip
+
+
+def still_works(file):
+    """Session after session: the file is as it was, and can be moved."""
+    file.connect()
+    file.switch()
+    file.complete()
+    file.check()
+
+
+def test_rule_5_a_destination_is_told_nonsense(ram, peer):
+    file = ram(2)
+    hostile = peer(file.source)
+    for number, nonsense in enumerate(TO_DESTINATION):
+        file.attach()
+        hostile.source_of(file)
+        hostile.tell("send", BULK, nonsense)
+        if nonsense in HARMLESS:
+            hostile.tell("send", BULK, message(0))
+        state, reason = file.dst("wait", states=[FAILED, LISTENING], ms=30000)
+        assert state == FAILED, (number, nonsense[:40], state, REASONS[reason])
+        file.dst("release")
+    still_works(file)
+
+
+def test_rule_5_a_source_is_told_nonsense(ram, peer):
+    file = ram(2)
+    hostile = peer(file.dest)
+    for number, nonsense in enumerate(TO_SOURCE):
+        hostile.destination_of(file)
+        hostile.tell("send", BULK, nonsense)
+        if nonsense in HARMLESS:
+            hostile.tell("send", BULK, message(0))
+        state, reason = file.src("wait", states=[FAILED], ms=30000)
+        assert state == FAILED, (number, nonsense[:40], state, REASONS[reason])
+        file.src("release")
+    still_works(file)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_rule_5_random_messages(ram, peer, side):
+    """Each right in its header, so that all that follows is looked at."""
+    file, dice = ram(2), random.Random(7)
+    hostile = peer(file.source if side == "source" else file.dest)
+    for session in range(12):
+        if side == "source":
+            file.attach()
+            hostile.source_of(file)
+        else:
+            hostile.destination_of(file)
+            if session % 2:
+                file.src("precopy", ms=5000)
+        mine = file.dst if side == "source" else file.src
+        for _ in range(40):
+            words = [dice.choice((0, 1, 2, 255, 256, 512, 0x8001, 0xFFFF, dice.getrandbits(16))) for _ in range(dice.choice((0, 2, 4, 8, 12, 14, 60, 2000)))]
+            status = hostile.tell("send", BULK, message(dice.randrange(1, 14), struct.pack(f"<{len(words)}H", *words)))["status"]
+            if status != "success":
+                break
+        mine("abort")
+        assert mine("wait", states=[FAILED, LOST], ms=30000)[0] in (FAILED, LOST)
+        mine("release")
+    still_works(file)
+
+
+def test_rule_5_after_the_switch_nonsense_loses_nothing(ram, peer):
+    """A connection that is broken by nonsense is a connection lost: the destination waits for one that is better."""
+    file = ram(2)
+    file.attach()
+    hostile = peer(file.source)
+    hostile.source_of(file)
+    file.dst("tune", what=BACKGROUND, value=0)
+    hostile.tell("send", BULK, dirty(0, 512))
+    hostile.tell("send", BULK, message(SWITCH, struct.pack("<Q", 512)))
+    hostile.next(SWITCHED)
+    assert file.dst("wait", states=[POSTCOPY], ms=20000)[0] == POSTCOPY
+    hostile.tell("send", BULK, message(KEY, struct.pack("<IIIQ", 1, 9, 7, 0)))
+    assert file.dst("wait", states=[RECONNECTING], ms=30000)[0] == RECONNECTING
+    # Back again, with a key that is made up: the READ fails, the page stays missing.
+    for link in (URGENT, BULK):
+        assert hostile.tell("connect", link, file.dest.address, file.port, hello(file.size, link, epoch=2))["connected"]
+    assert file.dst("wait", states=[POSTCOPY], ms=20000)[0] == POSTCOPY
+    reader = file.dest.program("hold", file.path)
+    reader.hear()
+    late = reader.tell_later("peek 3")
+    hostile.next(WANT)
+    hostile.tell("send", BULK, message(KEY, struct.pack("<IIIQ", 1, 0, 0x12345678, 0x1000)))
+    assert file.dst("wait", states=[RECONNECTING], ms=30000)[0] == RECONNECTING
+    assert file.dst("stats")["pages_missing"] == 512 and not late.done()
+    file.dst("abort")
+    assert file.dst("wait", states=[LOST], ms=20000)[0] == LOST
+    assert "sigbus" in late()
+    reader.kill()
+
+
+# -- what it may read --------------------------------------------------------------------------------------------------
+
+
+def offered(file, hostile):
+    """A session in which the hostile peer was offered a chunk: (rkey, address) of its first page."""
+    hostile.destination_of(file)
+    file.src("precopy", ms=30000)
+    _seq, chunk, rkey, iova = struct.unpack_from("<IIIQ", hostile.next(OFFER), 8)
+    assert chunk == 0 and rkey
+    return rkey, iova
+
+
+def test_rule_5_keys_and_addresses_that_were_not_given(ram, peer):
+    file, other = ram(2), ram(2)
+    hostile = peer(file.dest)
+    end = 256 * 4096
+    attempts = [
+        ("read", lambda key, at: (key + 1, at, 4096)), ("read", lambda key, at: (key ^ 0x100, at, 4096)), ("read", lambda key, at: (key + 0x100, at, 4096)),
+        ("read", lambda key, at: (0, at, 4096)), ("read", lambda key, at: (1, at, 4096)), ("read", lambda key, at: (0xFFFFFFFF, at, 4096)),
+        ("read", lambda key, at: (key, at - 1, 1)), ("read", lambda key, at: (key, at - 4096, 4096)), ("read", lambda key, at: (key, at + end, 1)),
+        ("read", lambda key, at: (key, at + end - 1, 2)), ("read", lambda key, at: (key, 0, 8)), ("read", lambda key, at: (key, 2**64 - 8, 8)),
+        ("write", lambda key, at: (key, at, b"\xee" * 64)), ("write", lambda key, at: (key + 1, at, b"\xee" * 64)),
+    ]  # fmt: skip
+    for what, make in attempts:
+        rkey, iova = offered(file, hostile)
+        # The key does what it is for.
+        assert hostile.tell("read", URGENT, rkey, iova, 64)["status"] == "success"
+        answer = hostile.tell(what, URGENT, *make(rkey, iova))
+        assert answer["status"] != "success", (what, make(0, 0), answer)
+        assert file.src("wait", states=[FAILED], ms=30000)[0] == FAILED
+        file.src("release")
+    # A key that the peer makes void is void for itself alone.
+    rkey, iova = offered(file, hostile)
+    hostile.tell("invalidate", BULK, rkey, message(PING))
+    file.src("abort")
+    file.src("release")
+    other.connect()
+    other.switch()
+    other.complete()
+    other.check()
+    still_works(file)
+
+
+def test_rule_5_a_key_is_void_after_its_session(ram, peer):
+    """Of two sessions of one peer, on two queue pairs of other protection domains."""
+    file, other = ram(2), ram(2)
+    first = peer(file.dest)
+    rkey, iova = offered(file, first)
+    second = peer(file.dest)
+    second.destination_of(other)
+    # The other session's connection does not open this file.
+    assert second.tell("read", URGENT, rkey, iova, 64)["status"] != "success"
+    assert first.tell("read", URGENT, rkey, iova, 64)["status"] == "success"
+    file.src("abort")
+    assert file.src("wait", states=[FAILED], ms=20000)[0] == FAILED
+    assert first.tell("read", URGENT, rkey, iova, 64)["status"] != "success"
+    file.src("release")
+    other.src("wait", states=[FAILED], ms=20000)
+    other.src("release")
+    still_works(file)
