@@ -127,7 +127,7 @@ static int rram_listener_event(struct rdma_cm_id *id, struct rdma_cm_event *ev)
 	if (!r)
 		return -ENOMEM;
 	r->id = id;
-	r->depth = ev->param.conn.responder_resources;
+	r->depth = ev->param.conn.initiator_depth;
 	memcpy(&r->hello, ev->param.conn.private_data, sizeof(r->hello));
 	spin_lock(&s->state_lock);
 	list_for_each(pos, &s->requests)

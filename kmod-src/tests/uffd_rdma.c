@@ -244,7 +244,7 @@ static int serve(const char *address)
 			if (rdma_accept(id, &param))
 				die("accept", errno);
 		} else if (type == RDMA_CM_EVENT_DISCONNECTED) {
-			cq = id->send_cq;
+			cq = id->qp->send_cq;
 			rdma_disconnect(id);
 			rdma_destroy_qp(id);
 			ibv_destroy_cq(cq);
