@@ -109,7 +109,8 @@ def test_rule_5_connections_that_say_little(ram, peer):
     file.attach()
     hostile = peer(file.source)
     dice = random.Random(5)
-    for data in (b"\0", hello(file.size, 0)[:20], dice.randbytes(52), hello(file.size, 0)[:51]):
+    # RoCE fills up with zeroes what is short.
+    for data in (b"\0", hello(file.size, 0)[:20], dice.randbytes(52), hello(file.size, 0)[:39]):
         assert not hostile.tell("connect", 0, file.dest.address, file.port, data)["connected"], data
     # One link alone, and twice the same.
     assert hostile.tell("connect", 0, file.dest.address, file.port, hello(file.size, 0))["connected"]
