@@ -93,7 +93,7 @@ def drive(job: dict, state_dir: str) -> int:
         return 0
     record = Record(state_dir, job)
     record.save()
-    driver = _migrate_remote_ram if remote else _migrate_libvirt if job.get("driver") == "libvirt" else _migrate_qmp
+    driver = _migrate_remote_ram if remote else _migrate_libvirt if job["driver"] == "libvirt" else _migrate_qmp
     try:
         driver.Outgoing(job, record).run()
     except Aborted as err:

@@ -399,11 +399,11 @@ class VmMigrate:
             return {"config": config, "ram": []}
         try:
             with QmpClient(agent_socket(self.name), timeout=10) as qmp:
-                if not onboard:
-                    return {"config": config, "ram": ram_blocks(qmp)}
                 try:
                     return {"config": config, "ram": ram_blocks(qmp)}
                 except MigrationError:
+                    if not onboard:
+                        raise
                     if engine != "precopy":
                         raise MigrationError(f"{self.name} can only be onboarded by the engine precopy, not by {engine}") from None
                     config, block = onboarded(config, self.name, qmp.execute("query-memdev"))
