@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,11 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "test"
-TAIL = 40  # lines of its log that a failed stage shows
+TAIL = 40  # lines of its log that a failed stage shows, from its end
+FIRST = 60  # and lines from where its log first tells of a failure
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# How the tools of the stages tell of a failure: Ansible (a task that failed, an error), pytest, the linters' make.
+FAILURE = re.compile(r"fatal: \[|\[ERROR\]|failed: \[|^E   |^=+ FAILURES =+$|^make.*: \*\*\* ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,17 @@ def main(names: list[str]) -> int:
     return 1 if failed else 0
 
 
+def telling(lines: list[str]) -> list[str]:
+    """The lines of a log that tell why its stage failed: around the first failure, and the last ones."""
+    tail = max(0, len(lines) - TAIL)
+    first = next((number for number, line in enumerate(lines) if FAILURE.search(line.lstrip("│ "))), len(lines))
+    start = max(0, first - 5)
+    if start >= tail:
+        return lines[tail:]
+    end = min(start + FIRST, tail)
+    return lines[start:end] + (["[...]"] if end < tail else []) + lines[tail:]
+
+
 def run_stages(names: list[str]) -> tuple[int, int]:
     """How many of these stages passed, and failed; all stages without names."""
     passed = failed = 0
@@ -107,7 +123,7 @@ def run_stages(names: list[str]) -> tuple[int, int]:
         failed += 1
         print(f"FAILED {took} ({why})", flush=True)
         log = LOGS / f"{stage.name}.log"
-        for line in log.read_text(errors="replace").splitlines()[-TAIL:]:
+        for line in telling(COLOURS.sub("", log.read_text(errors="replace")).splitlines()):
             print(f"    {line}")
         print(f"    (all of it: {log.relative_to(ROOT)})", flush=True)
     return passed, failed
