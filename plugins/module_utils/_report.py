@@ -55,7 +55,7 @@ SAMPLE = {
 }
 
 PLAN = _object({}, {
-    "source": NAME,
+    "source": _or_null(NAME),  # null when VMs leave several hosts, as on the way back
     "deadline_s": _or_null(POSITIVE),
     "estimated_s": _or_null(POSITIVE),
     "feasible": FLAG,
@@ -248,7 +248,7 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
     if finished < started:
         raise ReportError(f"The evacuation can't have finished ({finished}) before it started ({started}).")
     back = direction == "back"
-    if not back and plan.get("source", host) != host:
+    if not back and (plan.get("source") or host) != host:
         raise ReportError(f"The plan is for {plan['source']}, but the report is for {host}.")
 
     last = _last_attempts(migrations)
