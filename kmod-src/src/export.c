@@ -79,6 +79,7 @@ enum rram_switch_step {
  * @want: chunks whose key it waits for
  * @lacks: after the switch: chunks of which it lacks pages
  * @hot: hottest page of a chunk, after the switch
+ * @next_want: where the search in @want goes on
  * @next_key: where the search for keys to send stands
  * @next_heat: of the chunks that it looks for
  * @running: pre-copy runs
@@ -114,6 +115,7 @@ struct rram_source {
 	unsigned long *want;
 	unsigned long *lacks;
 	u8 *hot;
+	unsigned long next_want;
 	unsigned long next_key;
 	int next_heat;
 
@@ -840,8 +842,12 @@ int rram_source_switch(struct rram_session *s, struct rram_switch_args *a)
 /* A chunk whose key should go next: wanted, else one that is lacking. */
 static long rram_next_key(struct rram_source *src)
 {
-	unsigned long index = find_first_bit(src->want, src->nr_chunks);
+	unsigned long index = find_next_bit(src->want, src->nr_chunks,
+					    src->next_want);
 
+	/* Round and round: one that fails must not keep the others waiting. */
+	if (index >= src->nr_chunks)
+		index = find_first_bit(src->want, src->nr_chunks);
 	if (index < src->nr_chunks)
 		return index;
 	for (; src->next_heat >= 0; src->next_heat--) {
@@ -889,7 +895,10 @@ static bool rram_key_step(struct rram_session *s)
 		err = rram_register(s, index);
 	rram_protect(f, first, min(f->npages - first, RRAM_CHUNK_PAGES));
 	if (err) {
-		/* Try again later; the destination goes on asking. */
+		/* First the others; later again, when somebody wants it. */
+		src->next_want = index + 1;
+		if (src->next_key == index)
+			src->next_key++;
 		pr_warn_ratelimited("remote_ram: no key for chunk %ld: %d\n",
 				    index, err);
 		return false;

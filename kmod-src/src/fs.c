@@ -202,9 +202,13 @@ static int rram_resize(struct inode *inode, loff_t size)
 	if (size == old)
 		return 0;
 	mutex_lock(&f->lock);
-	/* A session has counted the pages. */
+	/*
+	 * A session has counted the pages, and whoever still waits for one of
+	 * an earlier session looks at the bitmaps: from the first session on
+	 * the size is fixed.
+	 */
 	err = -EBUSY;
-	if (rcu_access_pointer(f->session) || f->phase != RRAM_PHASE_PLAIN)
+	if (f->dirty)
 		goto unlock;
 	err = rram_account(rram_fs_of(inode->i_sb), old, size);
 	if (err)
@@ -219,15 +223,6 @@ static int rram_resize(struct inode *inode, loff_t size)
 	}
 	i_size_write(inode, size);
 	f->npages = DIV_ROUND_UP(size, PAGE_SIZE);
-	/* Bitmaps are made when a session needs them, for this size. */
-	kvfree(f->dirty);
-	kvfree(f->missing);
-	kvfree(f->inflight);
-	kvfree(f->heat);
-	f->dirty = NULL;
-	f->missing = NULL;
-	f->inflight = NULL;
-	f->heat = NULL;
 unlock:
 	mutex_unlock(&f->lock);
 	return err;

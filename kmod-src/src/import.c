@@ -17,8 +17,6 @@
 #include "remote_ram.h"
 #include "trace.h"
 
-#define RRAM_LINGER_MS	30000	/* for a source that was not told of the end */
-
 /* An OFFER, while its pages are READ. */
 struct rram_offer {
 	struct list_head list;
@@ -57,6 +55,7 @@ struct rram_key {
  * @freezing: the final set has begun to arrive
  * @frozen: @listed pages are not here
  * @listed: pages in the final set so far
+ * @answered: the source was told that the final set is in
  * @order: in which order the rest is pulled
  * @order_lock: @order, against faults
  * @demand: demand READs under way
@@ -85,6 +84,7 @@ struct rram_dest {
 	atomic_t active;
 	bool freezing;
 	u64 listed;
+	bool answered;
 	struct rram_order order;
 	spinlock_t order_lock;	/* order, against faults */
 	atomic_t demand;
@@ -849,6 +849,22 @@ static bool rram_listed(struct rram_session *s, struct rram_buf *b)
 	return fine && at == end;
 }
 
+/* Says that the final set is in; later if there is no room for it now. */
+static void rram_answer_switch(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_msg_switch *m;
+	struct rram_buf *b;
+
+	if (dst->answered || !rram_can_send(s))
+		return;
+	b = rram_msg_new(s, RRAM_MSG_SWITCHED);
+	m = b->data;
+	m->pages = cpu_to_le64(dst->listed);
+	rram_msg_send(s, b, sizeof(*m));
+	dst->answered = true;
+}
+
 /* The final set is complete: from here on the VM may run. */
 static bool rram_switch_now(struct rram_session *s, struct rram_buf *b)
 {
@@ -861,7 +877,7 @@ static bool rram_switch_now(struct rram_session *s, struct rram_buf *b)
 		return false;
 	if (!dst->freezing)
 		rram_dest_freeze(s);
-	if (le64_to_cpu(m->pages) != dst->listed || !rram_can_send(s))
+	if (le64_to_cpu(m->pages) != dst->listed)
 		return false;
 	down_write(&f->stale);
 	/* What was written here meanwhile is not the VM's. */
@@ -877,9 +893,8 @@ static bool rram_switch_now(struct rram_session *s, struct rram_buf *b)
 	up_write(&f->stale);
 	dst->switch_us = ktime_us_delta(ktime_get(), dst->switch_begun);
 	rram_set_state(s, RRAM_STATE_POSTCOPY, RRAM_REASON_NONE);
-	b = rram_msg_new(s, RRAM_MSG_SWITCHED);
-	((struct rram_msg_switch *)b->data)->pages = m->pages;
-	rram_msg_send(s, b, sizeof(*m));
+	dst->answered = false;
+	rram_answer_switch(s);
 	rram_wake_pages(f);
 	return true;
 }
@@ -1083,6 +1098,7 @@ bool rram_dest_step(struct rram_session *s)
 	if (state == RRAM_STATE_CONNECTED && !s->dst->freezing)
 		more = rram_offers_step(s);
 	if (state == RRAM_STATE_POSTCOPY) {
+		rram_answer_switch(s);
 		if (time_after(jiffies, s->dst->told_at +
 			       msecs_to_jiffies(s->args.heartbeat_ms)))
 			rram_tell(s);
@@ -1090,18 +1106,22 @@ bool rram_dest_step(struct rram_session *s)
 			rram_pull_step(s);
 		/* A page that is not missing may still have to be unlocked. */
 		if (!atomic_long_read(&f->nr_missing) &&
-		    !atomic_read(&s->dst->active))
+		    !atomic_read(&s->dst->active) && s->dst->answered)
 			rram_dest_complete(s);
 	}
 	return more;
 }
 
-/* Whether there is still somebody to be told of the end. */
+/*
+ * Whether there is still somebody to be told of the end. A source that is cut
+ * off at that moment comes back as late as after any other cut.
+ */
 bool rram_dest_lingers(struct rram_session *s)
 {
 	return !s->dst->bye && !READ_ONCE(s->aborted) &&
-	       time_before(jiffies, s->dst->ended_at +
-				    msecs_to_jiffies(RRAM_LINGER_MS));
+	       (s->args.reconnect_ms == ~0U ||
+		time_before(jiffies, s->dst->ended_at +
+				     msecs_to_jiffies(s->args.reconnect_ms)));
 }
 
 void rram_dest_linked(struct rram_session *s)
@@ -1144,6 +1164,8 @@ void rram_dest_drop(struct rram_session *s)
 	spin_unlock(&dst->key_lock);
 	bitmap_zero(dst->want, dst->nr_chunks);
 	bitmap_zero(dst->asked, dst->nr_chunks);
+	/* A source that has not been told by now has failed, and stays so. */
+	dst->answered = true;
 	rram_drop_offers(s);
 	rram_confirm(s);
 }
@@ -1175,6 +1197,7 @@ int rram_dest_new(struct rram_session *s)
 	s->dst = dst;
 	s->state = RRAM_STATE_LISTENING;
 	dst->nr_chunks = n;
+	dst->answered = true;	/* nothing to answer yet */
 	spin_lock_init(&dst->key_lock);
 	spin_lock_init(&dst->fetch_lock);
 	spin_lock_init(&dst->order_lock);

@@ -68,6 +68,50 @@ def test_the_memory_cgroup_pays_for_what_arrives(ram):
     file.dest.sh("rmdir /sys/fs/cgroup/ram")
 
 
+#: Sets a policy through one mapping of a file, and asks for it through another.
+MBIND = """
+import ctypes, mmap
+libc = ctypes.CDLL(None, use_errno=True)
+MBIND, GET_MEMPOLICY, MPOL_BIND, MPOL_F_ADDR = 237, 239, 2, 2
+file = open("{path}", "r+b")
+first, second = (mmap.mmap(file.fileno(), 0) for _ in range(2))
+address = lambda where: ctypes.addressof(ctypes.c_char.from_buffer(where))
+nodes, mode, size = ctypes.c_ulong(1), ctypes.c_int(-1), len(first)
+assert libc.syscall(MBIND, ctypes.c_void_p(address(first)), ctypes.c_ulong(size), MPOL_BIND, ctypes.byref(nodes), 64, 0) == 0, ctypes.get_errno()
+assert libc.syscall(GET_MEMPOLICY, ctypes.byref(mode), None, 0, ctypes.c_void_p(address(second)), MPOL_F_ADDR) == 0, ctypes.get_errno()
+print(mode.value, sum(second[::4096]) >= 0)
+"""
+
+
+def test_a_numa_policy_is_the_files(ram):
+    """mbind() on one mapping is seen through another, as with any shmem file; pages arrive under it."""
+    file = ram(2, fill=True)
+    file.attach()
+    file.export()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    script = MBIND.format(path=file.path)
+    assert file.dest.sh(f"python3 - <<'END'\n{script}\nEND").split() == ["2", "True"]
+    assert file.dst("stats")["pages_missing"] == 0
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    file.check()
+
+
+def test_the_first_session_fixes_the_size(ram):
+    """Whoever waits for a page looks at bitmaps that were made for it."""
+    file = ram(2, fill=True)
+    file.source.sh(f"truncate -s 3M {file.path} && truncate -s 2M {file.path}")
+    file.attach()
+    file.export()
+    file.switch()
+    file.complete()
+    file.release()
+    for host in (file.source, file.dest):
+        assert "busy" in host.sh(f"truncate -s 1M {file.path} 2>&1", check=False)
+    file.check()
+
+
 def test_swap_on_both_sides(ram):
     """Pages are swapped out while they are written, offered, read and pulled."""
     file = ram(8)
