@@ -12,6 +12,9 @@ import os
 import time
 from xml.etree import ElementTree
 
+#: libvirtd that is started by its socket ends when nobody has used it for two minutes; who connects at that moment is cut off.
+ATTEMPTS, PAUSE = 3, 1.0
+
 DAEMONS = ("/usr/sbin/libvirtd", "/usr/sbin/virtqemud", "/usr/bin/libvirtd", "/usr/bin/virtqemud")
 
 
@@ -44,10 +47,13 @@ def connect(uri: str = "qemu:///system", readonly: bool = True):
     :raises LibvirtError: there is no binding, or no libvirt answers.
     """
     libvirt = libvirt_module()
-    try:
-        return libvirt.openReadOnly(uri) if readonly else libvirt.open(uri)
-    except libvirt.libvirtError as err:
-        raise LibvirtError(f"cannot connect to libvirt at {uri}: {err}") from err
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return libvirt.openReadOnly(uri) if readonly else libvirt.open(uri)
+        except libvirt.libvirtError as err:
+            if attempt == ATTEMPTS:
+                raise LibvirtError(f"cannot connect to libvirt at {uri}: {err}") from err
+            time.sleep(PAUSE)
 
 
 def version(conn) -> dict:

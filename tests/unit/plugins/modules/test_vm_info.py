@@ -74,8 +74,9 @@ class FakeLibvirt(types.ModuleType):
     VIR_DOMAIN_STATS_DIRTYRATE = 512
     VIR_DOMAIN_DIRTYRATE_MEASURED = 2
 
-    def __init__(self, *domains, fails=None):
+    def __init__(self, *domains, fails=None, failures=1000):
         super().__init__("libvirt")
+        self.failures = failures
         self.domains = {domain.name(): domain for domain in domains}
         self.fails = fails
         self.opened = []
@@ -90,7 +91,8 @@ class FakeLibvirt(types.ModuleType):
         return self._open(uri, False)
 
     def _open(self, uri, readonly):
-        if self.fails:
+        if self.fails and self.failures:
+            self.failures -= 1
             raise Error(self.fails, 38)
         self.opened.append((uri, readonly))
         return self
@@ -233,6 +235,12 @@ def test_an_installed_libvirt_without_its_binding_or_its_daemon_is_never_overloo
     monkeypatch.setitem(sys.modules, "libvirt", None)
     result = run()
     assert result["failed"] and "python3-libvirt" in result["msg"]
+
+
+def test_a_daemon_that_was_just_about_to_end_is_asked_again(run, libvirt):
+    """Started by its socket, libvirtd ends when it is idle: who connects at that moment is cut off."""
+    libvirt(fails="Cannot write data: Broken pipe", failures=2)
+    assert run()["host"]["drivers"] == ["libvirt"]
 
 
 def test_only_the_vms_that_were_named(run, libvirt, world):
