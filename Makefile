@@ -10,7 +10,7 @@ HOST ?= hv1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod bench bench-planner bench-engines clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod bench bench-planner bench-kmod bench-engines clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -67,10 +67,14 @@ test-kmod: ## Test the kernel module on two hosts of the lab (ARGS=--long: all o
 	@$(PYTHON) tests/needs.py lab
 	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v tests/kmod $(ARGS)
 
-bench: bench-planner bench-engines ## Measure the planner, and the engines in the lab
+bench: bench-planner bench-kmod bench-engines ## Measure the planner, and module and engines in the lab
 
 bench-planner: ## Measure the planner (time, and packing against the optimum)
 	@venv=$$($(PYTHON) tests/devenv.py) && "$$venv/bin/python" tests/bench/planner.py $(ARGS)
+
+bench-kmod: ## Measure the kernel module on two hosts of the lab
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/bench/kmod.py $(ARGS)
 
 bench-engines: collection ## Measure the engines in turn on the same VM, in the lab
 	@$(PYTHON) tests/needs.py lab

@@ -45,11 +45,28 @@ static wait_queue_head_t *rram_waitq(struct rram_file *f, unsigned long index)
 	return &f->wait[index % RRAM_WAITS];
 }
 
+/* Somebody who waits for a page, in a queue that other pages share. */
+struct rram_waiter {
+	struct wait_queue_entry entry;
+	unsigned long index;
+};
+
+static int rram_wake_waiter(struct wait_queue_entry *entry, unsigned int mode,
+			    int sync, void *key)
+{
+	struct rram_waiter *w = container_of(entry, struct rram_waiter, entry);
+
+	/* Without a key there is news for all. */
+	if (key && *(unsigned long *)key != w->index)
+		return 0;
+	return woken_wake_function(entry, mode, sync, key);
+}
+
 void rram_wake_page(struct rram_file *f, unsigned long index)
 {
 	/* The bit that the sleeper looks at was changed before this. */
 	if (wq_has_sleeper(rram_waitq(f, index)))
-		wake_up_all(rram_waitq(f, index));
+		__wake_up(rram_waitq(f, index), TASK_NORMAL, 0, &index);
 }
 
 void rram_wake_pages(struct rram_file *f)
@@ -74,7 +91,7 @@ enum rram_patience {
 static int rram_await(struct rram_file *f, unsigned long index,
 		      enum rram_patience patience)
 {
-	DEFINE_WAIT_FUNC(wait, woken_wake_function);
+	struct rram_waiter w = { .index = index };
 	int mode = patience == RRAM_WAIT_KILLABLE ? TASK_KILLABLE :
 						    TASK_INTERRUPTIBLE;
 	struct rram_session *s = rram_session_get(f);
@@ -83,7 +100,9 @@ static int rram_await(struct rram_file *f, unsigned long index,
 	u64 ns;
 	int err;
 
-	add_wait_queue(rram_waitq(f, index), &wait);
+	init_waitqueue_func_entry(&w.entry, rram_wake_waiter);
+	w.entry.private = current;
+	add_wait_queue(rram_waitq(f, index), &w.entry);
 	smp_mb();	/* before looking; pairs with rram_wake_page() */
 	for (;;) {
 		switch (READ_ONCE(f->phase)) {
@@ -128,10 +147,10 @@ static int rram_await(struct rram_file *f, unsigned long index,
 			goto out;
 		}
 		/* Woken when the page comes, a key comes, or the state changes. */
-		wait_woken(&wait, mode, MAX_SCHEDULE_TIMEOUT);
+		wait_woken(&w.entry, mode, MAX_SCHEDULE_TIMEOUT);
 	}
 out:
-	remove_wait_queue(rram_waitq(f, index), &wait);
+	remove_wait_queue(rram_waitq(f, index), &w.entry);
 	if (s) {
 		if (told) {
 			ns = ktime_to_ns(ktime_sub(ktime_get(), begun));

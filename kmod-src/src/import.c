@@ -430,7 +430,8 @@ void rram_dest_fault(struct rram_session *s, unsigned long index)
 	spin_lock(&dst->order_lock);
 	rram_order_fault(&dst->order, index);
 	spin_unlock(&dst->order_lock);
-	rram_poke(s);
+	if (READ_ONCE(s->background))
+		rram_poke(s);
 }
 
 /*

@@ -41,12 +41,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def lab():
     lab = tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab")
-    if not all(lab.running(name) for name in tools.NAMES):
-        lab.up()
-    # Three hosts and two cores: the third only costs.
-    for name in tools.lab_module.HOSTS:
-        if name not in tools.NAMES and lab.running(name):
-            lab.kill(name)
+    tools.two_hosts(lab)
     return lab
 
 
@@ -74,10 +69,7 @@ class Pair:
         for each in self.hosts:
             each.disconnect()
         self.lab.kill(host.name)
-        self.lab.up()
-        for name in tools.lab_module.HOSTS:
-            if name not in tools.NAMES and self.lab.running(name):
-                self.lab.kill(name)
+        tools.two_hosts(self.lab)
         self.install()
 
     def judge(self, allowed):
