@@ -10,7 +10,7 @@ HOST ?= hv1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod bench bench-planner bench-kmod bench-engines clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug bench bench-planner bench-kmod bench-engines clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -66,6 +66,10 @@ molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacua
 test-kmod: ## Test the kernel module on two hosts of the lab (ARGS=--long: all of it)
 	@$(PYTHON) tests/needs.py lab
 	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v tests/kmod $(ARGS)
+
+test-kmod-debug: ## The same on a kernel with KASAN, lockdep, kmemleak and more, which is built first
+	@$(PYTHON) tests/needs.py lab
+	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v tests/kmod --debug-kernel $(ARGS)
 
 bench: bench-planner bench-kmod bench-engines ## Measure the planner, and module and engines in the lab
 

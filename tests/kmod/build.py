@@ -49,19 +49,20 @@ def kernel() -> str:
     return header[offset + 0x200 :].split(b"\0")[0].split()[0].decode()
 
 
-def tree() -> pathlib.Path:
-    """The folder of the small Debian. It counts as made when its mark is there, which is written last."""
-    release = kernel()
-    include = [*PACKAGES, f"linux-headers-{release}"]
-    key = image.digest("2", image.SUITE, *include, *WANTED)
+def debian(kind: str, what: str, include: list, wanted: tuple) -> pathlib.Path:
+    """The folder of a small Debian with these packages, and of linux-source what is wanted.
+
+    It counts as made when its mark is there, which is written last.
+    """
+    key = image.digest("2", image.SUITE, *include, *wanted)
     root = image.devenv.cache()
-    folder = root / f"kmodtree-{key}"
-    with image.devenv.locked(root / "kmodtree.lock"):
+    folder = root / f"{kind}-{key}"
+    with image.devenv.locked(root / f"{kind}.lock"):
         if (folder / "complete").exists():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"kmod: making a Debian with the headers of {release} (cached in {root})", flush=True)
-        work = pathlib.Path(tempfile.mkdtemp(prefix=f"kmodtree-{key}.", suffix=".tmp", dir=root))
+        print(f"kmod: making a Debian {what} (cached in {root})", flush=True)
+        work = pathlib.Path(tempfile.mkdtemp(prefix=f"{kind}-{key}.", suffix=".tmp", dir=root))
         try:
             tar = work / "root.tar"
             image.mmdebstrap(tar, include)
@@ -70,26 +71,34 @@ def tree() -> pathlib.Path:
             tar.unlink()
             for name in ("null", "zero", "urandom"):
                 (work / "dev" / name).touch()
-            inside(work, "set -e; cd /usr/src; mkdir -p wanted; tar -C wanted --strip-components=1 -xJf linux-source-*.tar.xz --wildcards "
-                   + " ".join(f"'*/{name}'" for name in WANTED) + "; rm linux-source-*.tar.xz")  # fmt: skip
+            if wanted:
+                inside(work, "set -e; cd /usr/src; mkdir -p wanted; tar -C wanted --strip-components=1 -xJf linux-source-*.tar.xz --wildcards "
+                       + " ".join(f"'*/{name}'" for name in wanted) + "; rm linux-source-*.tar.xz")  # fmt: skip
             (work / "complete").touch()
             work.rename(folder)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        for old in sorted((p for p in root.glob("kmodtree-*") if p.is_dir() and p != folder), key=lambda p: p.stat().st_mtime)[:-1]:
+        for old in sorted((p for p in root.glob(f"{kind}-*") if p.is_dir() and p != folder), key=lambda p: p.stat().st_mtime)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
         return folder
 
 
-def inside(root: pathlib.Path, script: str, folder: pathlib.Path | None = None) -> str:
-    """Runs a shell script in the small Debian, with a folder of ours at /build, and returns what it prints."""
+def tree() -> pathlib.Path:
+    """The folder of the small Debian with the headers of the lab hosts' kernel."""
+    release = kernel()
+    return debian("kmodtree", f"with the headers of {release}", [*PACKAGES, f"linux-headers-{release}"], WANTED)
+
+
+def inside(root: pathlib.Path, script: str, folder: pathlib.Path | None = None, kernel_tree: pathlib.Path | None = None) -> str:
+    """Runs a shell script in a small Debian, with a folder of ours at /build and one more at /kernel, and returns what it prints."""
     outer = 'r=$1; for d in null zero urandom; do mount --bind "/dev/$d" "$r/dev/$d"; done; '
     outer += 'mount -t proc proc "$r/proc" 2>/dev/null || mount --rbind /proc "$r/proc"; '
     outer += 'if [ "$3" ]; then mkdir -p "$r/build"; mount --bind "$3" "$r/build"; fi; '
+    outer += 'if [ "$4" ]; then mkdir -p "$r/kernel"; mount --bind "$4" "$r/kernel"; fi; '
     outer += 'exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C HOME=/ chroot "$r" sh -c "$2"'
-    command = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "sh", "-ec", outer, "sh", str(root), script, str(folder or "")]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    command = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "sh", "-ec", outer, "sh", str(root), script]
+    done = subprocess.run([*command, str(folder or ""), str(kernel_tree or "")], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise LabError("\n".join((done.stdout + done.stderr).splitlines()[-40:]))
     return done.stdout + done.stderr
@@ -116,28 +125,28 @@ def stage(folder: pathlib.Path) -> None:
         shutil.copy(path, folder if path.parent == HERE else folder / "kmod" / "tests")
 
 
+def compile_module(root: pathlib.Path, folder: pathlib.Path, make: str, kernel_tree: pathlib.Path | None = None) -> None:
+    """Compiles remote_ram.ko and the test programs into a folder; ``make`` is how modules are made for one kernel."""
+    stage(folder)
+    script = f"set -e; cd /build; {make} M=/build/kmod KCFLAGS=-Werror modules; strip -g kmod/remote_ram.ko; mv kmod/remote_ram.ko .; "
+    for name in PROGRAMS:
+        script += f"gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -o {pathlib.Path(name).stem} {name}; "
+    inside(root, script + "make -s -C kmod/tests programs BUILD=/build; rm -r kmod *.c", folder, kernel_tree)
+
+
 def built() -> pathlib.Path:
     """A folder with remote_ram.ko, siw.ko and the test programs."""
     root, release = tree(), kernel()
-    modules = f"make -s -C /lib/modules/{release}/build CONFIG_DEBUG_INFO_BTF_MODULES= -j$(nproc)"
-    siw = image.entry("siw", image.digest(root.name), lambda folder: compile_in(root, folder, (
-        f"mkdir siw; cp /usr/src/wanted/drivers/infiniband/sw/siw/* siw; {modules} M=/build/siw CONFIG_RDMA_SIW=m modules; "
-        "strip -g siw/siw.ko; mv siw/siw.ko .; rm -r siw")))  # fmt: skip
+    make = f"make -s -C /lib/modules/{release}/build CONFIG_DEBUG_INFO_BTF_MODULES= -j$(nproc)"
+    siw = image.entry("siw", image.digest(root.name), lambda folder: inside(root, (
+        f"set -e; cd /build; mkdir siw; cp /usr/src/wanted/drivers/infiniband/sw/siw/* siw; {make} M=/build/siw CONFIG_RDMA_SIW=m modules; "
+        "strip -g siw/siw.ko; mv siw/siw.ko .; rm -r siw"), folder))  # fmt: skip
 
     def build(folder):
-        stage(folder)
-        script = f"{modules} M=/build/kmod KCFLAGS=-Werror modules; strip -g kmod/remote_ram.ko; mv kmod/remote_ram.ko .; "
-        for name in PROGRAMS:
-            script += f"gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -o {pathlib.Path(name).stem} {name}; "
-        script += "make -s -C kmod/tests programs BUILD=/build; "
-        compile_in(root, folder, script + "rm -r kmod *.c")
+        compile_module(root, folder, make)
         shutil.copy(siw / "siw.ko", folder)
 
     return image.entry("kmod", image.digest(root.name, siw.name, *sources(), *programs()), build)
-
-
-def compile_in(root: pathlib.Path, folder: pathlib.Path, script: str) -> None:
-    inside(root, f"set -e; cd /build; {script}", folder)
 
 
 def check(how: str) -> str:

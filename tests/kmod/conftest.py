@@ -12,11 +12,13 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import build  # noqa: I001  (of this folder, wherever it is copied to)
+import debug_kernel
 import hosts as tools
 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also what takes long")
+    parser.addoption("--debug-kernel", action="store_true", help="on hosts that boot the debug kernel")
     parser.addoption("--transport", choices=("siw", "rxe"), help="only with one of them")
 
 
@@ -39,10 +41,20 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def lab():
-    lab = tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab")
+def lab(request):
+    folder = tools.lab_module.REPO / "build"
+    if request.config.getoption("--debug-kernel"):
+        # A lab of its own, which ends with the tests: nothing else can use hosts with that kernel.
+        lab = tools.lab_module.Lab(folder / "lab-debug", tools.NAMES, debug_kernel.kernel() / "vmlinuz")
+        try:
+            lab.up()
+            yield lab
+        finally:
+            lab.down()
+        return
+    lab = tools.lab_module.Lab(folder / "lab")
     tools.two_hosts(lab)
-    return lab
+    yield lab
 
 
 class Pair:
@@ -50,7 +62,7 @@ class Pair:
 
     def __init__(self, lab, transport):
         self.lab, self.transport = lab, transport
-        self.folder = build.built()
+        self.folder = debug_kernel.built() if lab.kernel else build.built()
         self.hosts = [tools.Host(lab, name) for name in tools.NAMES]
         self.install()
 
@@ -61,6 +73,8 @@ class Pair:
 
     def uninstall(self):
         for host in self.hosts:
+            leaks = host.leaks()
+            assert not leaks, f"{host.name} has lost objects: {leaks}"
             said = host.uninstall()
             assert not alarms(said), said
 

@@ -168,10 +168,13 @@ class Lab:
     """A lab in a folder.
 
     :param folder: where its state is; made by :meth:`up`.
+    :param hosts: which hosts :meth:`up` starts.
+    :param kernel: another kernel that they boot, one that needs no initramfs; such hosts are not saved and have no libvirtd to wait for.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, hosts=HOSTS, kernel: pathlib.Path | None = None):
         self.folder = folder.resolve()
+        self.hosts, self.kernel = hosts, kernel
         self.state_file = self.folder / "lab.json"
         self.state = {}
         with contextlib.suppress(OSError, ValueError):
@@ -239,17 +242,20 @@ class Lab:
         with devenv.locked(self.folder / ".lock"):
             if self.state and not Process.alive(self.state.get("hub")):
                 self._clear()
-            absent = [name for name in HOSTS if not self.running(name)]
+            absent = [name for name in self.hosts if not self.running(name)]
             if not absent:
                 print("lab: already up", flush=True)
                 return
             started = time.monotonic()
             self._check_memory(len(absent))
             accel = accelerator()
-            snapshot = self._snapshot(accel)
+            snapshot = None if self.kernel else self._snapshot(accel)
             try:
                 self._start(absent, accel, snapshot)
             except LabError as err:
+                if not snapshot:
+                    self._clear()
+                    raise
                 # A snapshot that doesn't come up is of no use to anyone: make it again, once.
                 print(f"lab: the saved hosts did not come up ({err}); booting them again", flush=True)
                 self._clear()
@@ -362,7 +368,8 @@ class Lab:
         for stale in (f"mig-{name}", f"{name}.monitor"):
             (run / stale).unlink(missing_ok=True)
         command = [
-            "qemu-system-x86_64", *self._machine(name, accel), "-kernel", str(base / "vmlinuz"), "-initrd", str(base / "initrd.img"),
+            "qemu-system-x86_64", *self._machine(name, accel),
+            *(["-kernel", str(self.kernel)] if self.kernel else ["-kernel", str(base / "vmlinuz"), "-initrd", str(base / "initrd.img")]),
             "-drive", f"file={disk},if=virtio,format=qcow2,cache=unsafe",
             "-netdev", f"user,id=mgmt,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:{host['ssh_port']}-10.0.2.15:22"
                        f",guestfwd=tcp:{STORAGE}:{STORAGE_PORT}-cmd:nbdkit -s -t 4 file dir={run}/disks",
@@ -431,7 +438,8 @@ class Lab:
             while True:
                 # A restored host lives at the time it was saved: tell it what time it is.
                 try:
-                    self.ssh(name, f"date -s @{time.time():.0f} >/dev/null && test -c /dev/kvm && systemctl is-active -q libvirtd", timeout=60)
+                    ready = "true" if self.kernel else "test -c /dev/kvm && systemctl is-active -q libvirtd"
+                    self.ssh(name, f"date -s @{time.time():.0f} >/dev/null && {ready}", timeout=60)
                     return
                 except LabError as err:
                     if not self.running(name) or time.monotonic() > deadline:
