@@ -15,8 +15,7 @@ MIB = 96
 CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "pause-before-switchover")]
 
 
-@pytest.fixture(scope="module")
-def initramfs():
+def tiny():
     # By its path: our own build.py has the same name.
     path = pathlib.Path(__file__).resolve().parents[1] / "guest" / "build.py"
     spec = importlib.util.spec_from_file_location("guest_build", path)
@@ -25,10 +24,15 @@ def initramfs():
     return module.tiny_initramfs()
 
 
+@pytest.fixture(scope="module")
+def initramfs():
+    return tiny()
+
+
 class Guest:
     """QEMU on one host, stock, with its RAM on a file of ours."""
 
-    def __init__(self, host, file, incoming=False, more=""):
+    def __init__(self, host, file, incoming=False, more="", words="dirty.mib=20 dirty.rate=4 dirty.pattern=random dirty.report=1"):
         self.host, self.file = host, file
         self.base = f"/dev/shm/{file.name}"
         self.log, self.socket = f"{self.base}.log", f"{self.base}.qmp"
@@ -38,7 +42,7 @@ class Guest:
             f"-object memory-backend-file,id=pc.ram,mem-path={file.path},share=on,prealloc=off,size={MIB}M "
             "-nodefaults -display none "
             "-kernel /boot/vmlinuz -initrd /root/kmod/tiny.cpio -append 'console=ttyS0 quiet mitigations=off no_timer_check random.trust_cpu=on "
-            "dirty.mib=20 dirty.rate=4 dirty.pattern=random dirty.report=1' "
+            f"{words}' "
             f"-chardev socket,id=serial0,path={self.base}.serial,server=on,wait=off,logfile={self.log} -serial chardev:serial0 "
             f"-qmp unix:{self.socket},server=on,wait=off -daemonize -pidfile {self.base}.pid {'-incoming defer' if incoming else ''} {more}"
         )
