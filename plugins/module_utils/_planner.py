@@ -26,8 +26,10 @@ ENGINES = ("remote_ram", "userfault", "precopy")
 SWITCH_OVERHEAD_S = 1.0
 # A dirty rate that was not measured counts as this share of the VM's part of the link.
 UNKNOWN_DIRTY_SHARE = 0.25
-# Pre-copy is given at most 1 / (1 - this) times the time of one pass over the memory.
+# Pre-copy that has to converge is given at most 1 / (1 - this) times the time of one pass over the memory.
 MAX_DIRTY_SHARE = 0.75
+# Where the rest follows after the switch, a second pass over memory that is dirtied faster than this sends more than it spares.
+HYBRID_DIRTY_SHARE = 0.5
 # Pre-copy is scaled so that the schedule ends in this share of the deadline.
 DEADLINE_MARGIN = 0.9
 # The precopy engine has to converge: its bound is a multiple of the time expected.
@@ -755,7 +757,11 @@ def _prepare_moves(moves, options):
         side_by_side = max(min(options.per_source, leaving[move.vm.host]), min(options.per_destination, arriving[move.to]))
         move.share = options.bandwidth_mib_s / side_by_side
         move.dirty = UNKNOWN_DIRTY_SHARE * move.share if move.vm.dirty_rate is None else move.vm.dirty_rate
-        move.wanted_s = move.vm.memory / (move.share - min(move.dirty, MAX_DIRTY_SHARE * move.share))
+        if move.engine == "precopy":
+            again = min(move.dirty, MAX_DIRTY_SHARE * move.share)
+        else:
+            again = move.dirty if move.dirty <= HYBRID_DIRTY_SHARE * move.share else 0
+        move.wanted_s = move.vm.memory / (move.share - again)
     # Big and hot first: they take longest, and everything else fits around them.
     moves.sort(key=lambda move: (-(move.vm.memory + min(move.dirty, move.share) * move.wanted_s), move.vm.name, move.vm.host.rank))
 

@@ -421,8 +421,18 @@ def test_affinity_group_that_no_single_host_can_run_blocks():
 # schedule
 
 
+def test_what_is_dirtied_faster_than_half_the_link_is_copied_ahead_once():
+    """Where the rest follows after the switch, more passes would send more than they spare; without a switch to post-copy they have to."""
+    options = {"bandwidth_mib_s": 100, "per_source": 1, "per_destination": 1}
+    for rate, expected in ((0, 10), (50, 20), (60, 10), (900, 10)):
+        plan = plan_for([host("hv1", vms=[vm("web1", 1000, dirty_rate_mib_s=rate)]), host("hv2", free=99999)], **options)
+        assert (plan["moves"][0]["engine"], plan["moves"][0]["precopy_timeout_s"]) == ("userfault", expected)
+    plan = plan_for([host("hv1", vms=[vm("web1", 1000, dirty_rate_mib_s=60)]), host("hv2", free=99999)], engine="precopy", **options)
+    assert plan["moves"][0]["precopy_timeout_s"] > 25
+
+
 def test_big_and_hot_vms_start_first():
-    guests = [vm("small", 512), vm("big", 4096), vm("hot", 2048, dirty_rate_mib_s=900), vm("calm", 2048)]
+    guests = [vm("small", 512), vm("big", 4096), vm("hot", 3072, dirty_rate_mib_s=900), vm("calm", 2048)]
     plan = plan_for([host("hv1", vms=guests), host("hv2", free=99999)], per_source=1)
     assert [move["vm"] for move in plan["moves"]] == ["hot", "big", "calm", "small"]
     assert [move["order"] for move in plan["moves"]] == [1, 2, 3, 4]
