@@ -10,7 +10,7 @@ HOST ?= hv1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug bench bench-planner bench-kmod bench-engines clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug test-pyverbs bench bench-planner bench-kmod bench-engines clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -70,6 +70,10 @@ test-kmod: ## Test the kernel module on two hosts of the lab (ARGS=--long: all o
 test-kmod-debug: ## The same on a kernel with KASAN, lockdep, kmemleak and more, which is built first
 	@$(PYTHON) tests/needs.py lab
 	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v tests/kmod --debug-kernel $(ARGS)
+
+test-pyverbs: collection ## Run rdma-core's tests of pyverbs against the role's siw and rxe devices
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/rdma/pyverbs.py $(ARGS)
 
 bench: bench-planner bench-kmod bench-engines ## Measure the planner, and module and engines in the lab
 
