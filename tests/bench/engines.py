@@ -174,7 +174,7 @@ def main() -> int:
                         write(rows, lab.state["accelerator"], args.output)
                         print(json.dumps({key: value for key, value in rows[-1].items() if key != "workload"}), flush=True)
             finally:
-                bench.guests.destroy([guest.name])
+                bench.guests.destroy()
     except LabError as err:
         print(f"bench: {err}", file=sys.stderr)
         return 1

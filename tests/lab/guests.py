@@ -172,8 +172,8 @@ class Guests:
         lab_module.each(prepare, [host for host in lab_module.HOSTS if self.lab.running(host)])
 
     def deploy(self, guests, host: str) -> None:
-        """Defines and starts guests on a host, and waits until each is up. Traces of earlier ones are removed first."""
-        self.destroy([guest.name for guest in guests])
+        """Defines and starts guests on a host, and waits until each is up. All earlier ones are ended first, like those of the demo."""
+        self.destroy()
         self.prepare_hosts()
         # A whole Debian boots slowly beside busy guests on one emulated CPU: it goes first, and alone.
         for batch in ([g for g in guests if g.kind == "valkey"], [g for g in guests if g.kind != "valkey"]):
@@ -214,22 +214,17 @@ class Guests:
             if waiting:
                 time.sleep(2)
 
-    def destroy(self, names=None) -> None:
-        """Ends and forgets guests on all hosts; all of them without names."""
+    def destroy(self) -> None:
+        """Ends and forgets all guests on all hosts."""
         # As few calls as can be: each starts a program on an emulated CPU.
-        chosen = " ".join(names) if names else ""
         script = f"""
-            chosen="{chosen}"
-            wanted() {{ [ -z "$chosen" ] || case " $chosen " in *" $1 "*) true;; *) false;; esac; }}
-            todo=; for vm in $(virsh -q list --all --name); do wanted "$vm" && todo="$todo destroy $vm; undefine $vm;"; done
+            todo=; for vm in $(virsh -q list --all --name); do todo="$todo destroy $vm; undefine $vm;"; done
             [ -z "$todo" ] || virsh -q "$todo" >/dev/null 2>&1
-            todo=; for unit in $(systemctl list-units --all --plain --no-legend 'hecaton-vm@*' 'hecaton-migrate-*' 'hecaton-incoming-*' | cut -d' ' -f1); do
-                vm=${{unit#hecaton-vm@}}; vm=${{vm#hecaton-migrate-}}; vm=${{vm#hecaton-incoming-}}; vm=${{vm%.service}}
-                wanted "$vm" && todo="$todo $unit"; done
+            todo=$(systemctl list-units --all --plain --no-legend 'hecaton-vm@*' 'hecaton-migrate-*' 'hecaton-incoming-*' | cut -d' ' -f1)
             [ -z "$todo" ] || {{ systemctl kill --signal=KILL $todo; systemctl stop $todo; systemctl reset-failed $todo; }} 2>/dev/null
             todo=; units=; for file in /etc/hecaton/vms/*.conf /run/hecaton/incoming/*.env /run/hecaton/reserved/*.json \\
                 /var/lib/hecaton/migrations/* /var/lib/hecaton/incoming/*.json /var/lib/hecaton/jobs/*.json {LOGS}/*.log {FILES}/*.xml /run/remote_ram/*.ram; do
-                [ -e "$file" ] || continue; vm=${{file##*/}}; vm=${{vm%.*}}; vm=${{vm%.outgoing}}; vm=${{vm%.incoming}}; wanted "$vm" || continue
+                [ -e "$file" ] || continue; vm=${{file##*/}}; vm=${{vm%.*}}
                 case "$file" in *.conf) units="$units hecaton-vm@$vm";; esac; todo="$todo $file"; done
             [ -z "$units" ] || systemctl disable -q $units 2>/dev/null
             ! mountpoint -q /proc/cpuinfo || umount /proc/cpuinfo
