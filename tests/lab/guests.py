@@ -312,6 +312,7 @@ def main() -> int:
     one = verbs.add_parser("deploy", help="start a set of guests")
     one.add_argument("set", choices=sorted(SETS))
     one.add_argument("--host", default="hv1")
+    verbs.add_parser("prepare", help="put what guests are started from on all hosts, which a deploy does too")
     verbs.add_parser("destroy", help="end all guests and remove their traces")
     verbs.add_parser("fingerprint", help="say what there is on all hosts that a migration could change")
     verbs.add_parser("where", help="say which host runs which guest")
@@ -322,6 +323,8 @@ def main() -> int:
     try:
         if args.verb == "deploy":
             guests.deploy(SETS[args.set], args.host)
+        elif args.verb == "prepare":
+            guests.prepare_hosts()
         elif args.verb == "destroy":
             guests.destroy()
         elif args.verb == "fingerprint":
