@@ -59,8 +59,11 @@ lab-down: ## Stop the lab
 molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacuate
 	@$(PYTHON) tests/needs.py lab
 	@$(PYTHON) tests/lab/lab.py up
+	@# What Molecule remembers of a run that was interrupted would let it leave out its first steps.
+	@rm -rf build/molecule/$(SCENARIO)
 	@venv=$$($(PYTHON) tests/devenv.py) && cd build/collections/ansible_collections/hecaton/fleet/extensions && \
 	  PATH="$$venv/bin:$$PATH" ANSIBLE_COLLECTIONS_PATH="$(CURDIR)/build/collections" HECATON_CHECKOUT="$(CURDIR)" \
+	  MOLECULE_EPHEMERAL_DIRECTORY="$(CURDIR)/build/molecule/$(SCENARIO)" \
 	  molecule --base-config molecule/config.yml test --scenario-name $(SCENARIO)
 
 test-kmod: ## Test the kernel module on two hosts of the lab (ARGS=--long: all of it)
