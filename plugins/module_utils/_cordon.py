@@ -102,6 +102,14 @@ def sign_of_life(directory: str = DIRECTORY) -> None:
         os.utime(claim_path(directory))
 
 
+def forget_claim(cordon: dict | None, directory: str = DIRECTORY) -> None:
+    """Leaves no sign of life behind once no evacuation has this host any more."""
+    if any(each["owner"] for each in _records(cordon)):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(claim_path(directory))
+
+
 def await_lapse(directory: str, owner: str | None, lapses: float) -> bool:
     """Whether the host is cordoned for another owner that has been silent for ``lapses`` seconds; waits for it to tell.
 

@@ -199,6 +199,8 @@ class HostCordon:
                 _cordon.write(after, self.state_dir)
             if claims:
                 _cordon.sign_of_life(self.state_dir)
+            else:
+                _cordon.forget_claim(after, self.state_dir)
         return self.result(before, after)
 
     def wanted(self, before: dict | None) -> dict | None:

@@ -140,6 +140,15 @@ def test_a_second_evacuation_is_refused_and_told_by_whom(run, folder):
     assert not run(reason="kernel update", owner="e1", exclusive=True)["changed"]
 
 
+def test_no_sign_of_life_is_left_of_an_evacuation_that_gave_the_host_back(run, folder):
+    run(reason="patches", owner="evac-1", exclusive=True, claim_lapses=20)
+    run(reason="disk", by="bob")
+    assert (folder / "claim").exists()
+    run(state="absent", owner="evac-1")
+    assert not (folder / "claim").exists()
+    assert (folder / "cordon.json").exists()
+
+
 def test_force_takes_over_from_an_evacuation_but_not_from_a_person(run):
     run(reason="disk 3")
     run(reason="kernel update", owner="e1", exclusive=True)
