@@ -79,8 +79,8 @@ class Agent:
 
     def create(self, name, size):
         fd = os.open(f"{MOUNT}/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.ftruncate(fd, size)
         self.fds[name] = fd
+        os.ftruncate(fd, size)
 
     def close(self, name):
         os.close(self.fds.pop(name))

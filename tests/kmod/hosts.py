@@ -244,6 +244,14 @@ class File:
         self.take_shadow()
         return done
 
+    def leave_dirty(self):
+        """Has pages that the destination lacks, however much went ahead and however fast."""
+        writer = self.run("w", threads=1)
+        time.sleep(0.3)
+        assert writer.tell("stop")["bad"] == 0
+        writer.kill()
+        assert writer.reap(30) == -9
+
     def take_shadow(self):
         self.dest.do("put", path=self.shadow, data=self.source.do("get", path=self.shadow))
 
@@ -292,6 +300,11 @@ def two_hosts(lab):
     for name in lab_module.HOSTS:
         if name not in NAMES and lab.running(name):
             lab.kill(name)
+
+
+def slow_down(host, us):
+    """Each demand READ of a host begins so much later, so that a test finds some to come; the judge ends it."""
+    host.sh(f"echo {us} > /sys/kernel/debug/remote_ram/inject_delay_us")
 
 
 @contextlib.contextmanager

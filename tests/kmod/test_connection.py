@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hosts import BACKGROUND, COMPLETE, CONNECTED, FAILED, LOST, POSTCOPY, RECONNECTING, cut, wait_for
+from hosts import BACKGROUND, COMPLETE, CONNECTED, FAILED, LOST, POSTCOPY, RECONNECTING, cut, slow_down, wait_for
 
 QUICK = {"heartbeat_ms": 300, "dead_ms": 1500}
 
@@ -121,10 +121,12 @@ def test_rule_4_cut_after_the_switch(ram, how, seconds):
     file = ram().connect(**QUICK)
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
+    slow_down(file.dest, 5000)
     reader = file.check("map", later=True)
     wait_for(lambda: file.dst("stats")["pages_demand"] > 20)
     with cut(file.dest, how):
         time.sleep(seconds)
+    slow_down(file.dest, 0)
     file.dst("tune", what=BACKGROUND, value=1)
     file.judge(reader)
     file.complete()
@@ -201,6 +203,7 @@ def test_rule_4_the_device_goes_while_there_is_no_connection(ram, transport):
     """Its keys go with it, and a new device serves the rest."""
     file = ram(4).connect(**QUICK)
     file.precopy(400)
+    file.leave_dirty()
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
     add = f"rdma link add {transport}0 type {transport} netdev mig0"
@@ -219,11 +222,13 @@ def test_rule_4_the_device_goes_while_pages_arrive(ram, transport):
     file = ram(4).connect(**QUICK)
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
+    slow_down(file.dest, 10000)
     reader = file.check("map", later=True)
     wait_for(lambda: file.dst("stats")["pages_demand"] > 20)
     file.dest.sh(f"rdma link delete {transport}0; rdma link add {transport}0 type {transport} netdev mig0")
     wait_for(lambda: file.dst("stats")["reconnects"] > 0)
     file.source.sh(f"rdma link delete {transport}0; rdma link add {transport}0 type {transport} netdev mig0")
+    slow_down(file.dest, 0)
     file.dst("tune", what=BACKGROUND, value=1)
     file.judge(reader)
     file.complete()
@@ -263,6 +268,7 @@ def test_abort_after_the_switch(ram):
 def test_a_vm_that_is_taken_back(ram):
     file = ram(2).connect()
     file.precopy(300)
+    file.leave_dirty()
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
     file.src("take_back")
