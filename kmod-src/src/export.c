@@ -201,23 +201,16 @@ static void rram_put_page(struct page *page)
 static int rram_register(struct rram_session *s, unsigned long index)
 {
 	struct rram_source *src = s->src;
-	struct rram_chunk *c = src->chunk[index];
+	struct rram_chunk *old = src->chunk[index], *c;
 	unsigned int i;
 	int err = -ENOMEM;
 
-	if (c && !c->stale)
+	if (old && !old->stale)
 		return 0;
-	if (c) {
-		/* After the switch each chunk is renewed once at most. */
-		if (src->swtch != RRAM_SWITCH_DONE &&
-		    src->nr_retired >= RRAM_RETIRED_SHARE * src->nr_chunks)
-			return -ENOSPC;
-		list_add_tail(&c->list, &src->retired);
-		src->nr_retired++;
-		src->chunk[index] = NULL;
-		atomic64_inc(&s->count.keys_retired);
-	}
-	clear_bit(index, src->known);
+	/* After the switch each chunk is renewed once at most. */
+	if (old && src->swtch != RRAM_SWITCH_DONE &&
+	    src->nr_retired >= RRAM_RETIRED_SHARE * src->nr_chunks)
+		return -ENOSPC;
 	c = kzalloc(sizeof(*c), GFP_KERNEL);
 	if (!c)
 		return -ENOMEM;
@@ -274,6 +267,13 @@ static int rram_register(struct rram_session *s, unsigned long index)
 		WRITE_ONCE(s->broken, true);
 		goto free;
 	}
+	/* Not before: that the old one is stale has to be known until then. */
+	if (old) {
+		list_add_tail(&old->list, &src->retired);
+		src->nr_retired++;
+		atomic64_inc(&s->count.keys_retired);
+	}
+	clear_bit(index, src->known);
 	src->chunk[index] = c;
 	atomic64_inc(&s->count.keys);
 	return 0;
@@ -382,8 +382,11 @@ static void rram_precopy_stop(struct rram_session *s)
 	src->precopy_us += ktime_us_delta(ktime_get(), src->begun);
 }
 
-/* Offers pages of the chunk at first. Returns false if it has to wait. */
-static bool rram_offer_chunk(struct rram_session *s, unsigned long first,
+/*
+ * Offers pages of the chunk at first. Returns how many of them have to be READ,
+ * or -EAGAIN if it has to wait.
+ */
+static int rram_offer_chunk(struct rram_session *s, unsigned long first,
 			     const unsigned long *mask)
 {
 	struct rram_source *src = s->src;
@@ -397,9 +400,9 @@ static bool rram_offer_chunk(struct rram_session *s, unsigned long first,
 	int err;
 
 	if (!o || !rram_can_send(s) || atomic_read(&src->regs) >= RRAM_REGS_MAX)
-		return false;
+		return -EAGAIN;
 	if (!rram_harvest(s->f, first, mask, o->taken))
-		return true;
+		return 0;
 	/* The first round copies all, dirtied or not. */
 	if (src->round > 1)
 		for_each_set_bit(i, o->taken, RRAM_CHUNK_PAGES)
@@ -416,10 +419,10 @@ static bool rram_offer_chunk(struct rram_session *s, unsigned long first,
 		rram_give_back(s, o);
 		/* Its holes change too often: it goes after the switch. */
 		if (err == -ENOSPC)
-			return true;
+			return 0;
 		rram_fail(s, err == -ENOMEM ? RRAM_REASON_NO_MEMORY :
 					      RRAM_REASON_DEVICE);
-		return false;
+		return -EAGAIN;
 	}
 	o->seq = ++src->seq;
 	o->pages = bitmap_weight(data, RRAM_CHUNK_PAGES);
@@ -438,7 +441,7 @@ static bool rram_offer_chunk(struct rram_session *s, unsigned long first,
 	n += rram_put_runs(m->run + n, zero, RRAM_RUN_ZERO);
 	m->nr = cpu_to_le32(n);
 	rram_msg_send(s, b, struct_size(m, run, n));
-	return true;
+	return o->pages;
 }
 
 /* Makes offers while there is room for them. Returns true to be called again. */
@@ -456,11 +459,11 @@ static bool rram_precopy_step(struct rram_session *s)
 	while (src->outstanding < rram_window(src)) {
 		struct rram_run run;
 		unsigned long first, end;
+		u64 bytes;
+		int n;
 
 		max = clamp_t(u64, rram_window(src) >> (PAGE_SHIFT + 2), 16,
 			      RRAM_CHUNK_PAGES);
-		if (rram_throttled(s, (u64)max << PAGE_SHIFT))
-			return false;
 		run = rram_order_offer(f->dirty, f->heat, src->round,
 				       src->pass_hot, src->pos, f->npages,
 				       RRAM_CHUNK_PAGES);
@@ -504,7 +507,15 @@ static bool rram_precopy_step(struct rram_session *s)
 				break;
 			}
 		}
-		if (!rram_offer_chunk(s, first, mask)) {
+		bytes = (u64)bitmap_weight(mask, RRAM_CHUNK_PAGES) << PAGE_SHIFT;
+		if (rram_throttled(s, bytes)) {
+			src->pos = first;
+			return false;
+		}
+		n = rram_offer_chunk(s, first, mask);
+		/* What is zero, or was not offered, takes no bandwidth. */
+		rram_unthrottle(s, bytes - ((u64)max(n, 0) << PAGE_SHIFT));
+		if (n < 0) {
 			src->pos = first;
 			return false;
 		}
@@ -645,7 +656,7 @@ static int rram_list_chunk(struct rram_session *s, void **at,
 				return err;
 			if (page == ZERO_PAGE(0))
 				set_bit(i, zero);
-			else if (c->page[i] != page)
+			if (c->page[i] != page)
 				c->stale = true;
 			rram_put_page(page);
 		}

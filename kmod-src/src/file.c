@@ -24,6 +24,9 @@ static struct vm_operations_struct rram_vm_ops;
 static const struct file_operations *rram_shmem_fops;
 static struct file_operations rram_inner_fops;
 
+/* Held by who came through the inner file, which does not keep ours. */
+DEFINE_STATIC_SRCU(rram_inner_srcu);
+
 static struct file *rram_vma_file(struct vm_area_struct *vma)
 {
 	return vma->vm_private_data;
@@ -266,6 +269,7 @@ static vm_fault_t rram_fault(struct vm_fault *vmf)
 {
 	struct rram_file *f = rram_of_vma(vmf->vma);
 	enum rram_phase phase = READ_ONCE(f->phase);
+	struct file *file = NULL;
 	vm_fault_t ret;
 
 	if (likely(phase == RRAM_PHASE_PLAIN))
@@ -287,9 +291,14 @@ again:
 		}
 	}
 	if (!rram_missing(f, vmf->pgoff)) {
-		ret = rram_shmem_vm_ops->fault(vmf);
+		/* shmem may let go of the VMA, and with it of our file. */
 		if (phase == RRAM_PHASE_AHEAD)
+			file = get_file(rram_vma_file(vmf->vma));
+		ret = rram_shmem_vm_ops->fault(vmf);
+		if (phase == RRAM_PHASE_AHEAD) {
 			up_read(&f->stale);
+			fput(file);
+		}
 		return ret;
 	}
 	if (phase == RRAM_PHASE_AHEAD)
@@ -355,15 +364,14 @@ static vm_fault_t rram_page_mkwrite(struct vm_fault *vmf)
 	 * harvest takes the bit, then this lock, and with it takes write access
 	 * away.
 	 */
-	if (READ_ONCE(f->tracking)) {
-		if (folio_test_large(folio)) {
-			/* It may be mapped as a whole by this one fault. */
-			WRITE_ONCE(f->large, true);
+	if (folio_test_large(folio)) {
+		/* It may be mapped as a whole by this one fault. */
+		WRITE_ONCE(f->large, true);
+		if (READ_ONCE(f->tracking))
 			rram_track_write(f, folio->index,
 					 folio_nr_pages(folio));
-		} else {
-			rram_track_write(f, vmf->pgoff, 1);
-		}
+	} else if (READ_ONCE(f->tracking)) {
+		rram_track_write(f, vmf->pgoff, 1);
 	}
 	return VM_FAULT_LOCKED;
 again:
@@ -475,7 +483,9 @@ static ssize_t rram_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	loff_t pos;
 	ssize_t ret;
 
-	inode_lock(inode);
+	/* Who holds it may wait for a page, for as long as there is no line. */
+	if (down_write_killable(&inode->i_rwsem))
+		return -EINTR;
 	ret = generic_write_checks(iocb, from);
 	if (ret <= 0)
 		goto unlock;
@@ -611,7 +621,8 @@ static long rram_fallocate(struct file *file, int mode, loff_t offset, loff_t le
 
 	if (mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE))
 		return -EOPNOTSUPP;
-	inode_lock(inode);
+	if (down_write_killable(&inode->i_rwsem))
+		return -EINTR;
 	if (mode & FALLOC_FL_PUNCH_HOLE) {
 		err = rram_punch(f, f->shmem, mode, offset, len);
 	} else if (offset + len > i_size_read(inode)) {
@@ -631,11 +642,21 @@ static long rram_fallocate(struct file *file, int mode, loff_t offset, loff_t le
 static long rram_inner_fallocate(struct file *inner, int mode, loff_t offset,
 				 loff_t len)
 {
-	struct rram_file *f = inner->private_data;
+	struct rram_file *f;
+	long err;
+	int idx;
 
 	if (!(mode & FALLOC_FL_PUNCH_HOLE))
 		return -EOPNOTSUPP;
-	return rram_punch(f, inner, mode, offset, len);
+	/* The caller keeps the inner file alone, and no lock of the VMA's. */
+	idx = srcu_read_lock(&rram_inner_srcu);
+	f = READ_ONCE(inner->private_data);
+	if (f)
+		err = rram_punch(f, inner, mode, offset, len);
+	else
+		err = rram_shmem_fops->fallocate(inner, mode, offset, len);
+	srcu_read_unlock(&rram_inner_srcu, idx);
+	return err;
 }
 
 int rram_file_bitmaps(struct rram_file *f)
@@ -708,7 +729,9 @@ void rram_file_destroy(struct rram_file *f)
 	 * outlive the file: leave nothing of ours in it.
 	 */
 	f->shmem->f_op = rram_shmem_fops;
-	f->shmem->private_data = NULL;
+	WRITE_ONCE(f->shmem->private_data, NULL);
+	/* Who is in the middle of a punch waited for READs that have ended. */
+	synchronize_srcu(&rram_inner_srcu);
 	fput(f->shmem);
 	f->shmem = NULL;
 	kvfree(f->dirty);

@@ -47,6 +47,7 @@ struct rram_key {
  * @memcg: who pays for pages that nobody has faulted on
  * @offers: OFFERs that are not through, oldest first
  * @done: OFFERs to confirm, under @fetch_lock
+ * @nr_offers: OFFERs in both lists, or between them
  * @fetch_lock: @urgent, @bulk, @done
  * @urgent: READs of one page that are free
  * @bulk: READs of several that are free
@@ -60,6 +61,7 @@ struct rram_key {
  * @order_lock: @order, against faults
  * @demand: demand READs under way
  * @told_at: when the source was last told how things stand
+ * @looked_at: when READs were last looked at that take too long
  * @said: it was told on this connection that all is in
  * @bye: the source knows that all is in
  * @ended_at: when all was in
@@ -77,6 +79,7 @@ struct rram_dest {
 	struct mem_cgroup *memcg;
 	struct list_head offers;
 	struct list_head done;
+	unsigned int nr_offers;
 	spinlock_t fetch_lock;	/* urgent, bulk, done */
 	struct list_head urgent;
 	struct list_head bulk;
@@ -89,6 +92,7 @@ struct rram_dest {
 	spinlock_t order_lock;	/* order, against faults */
 	atomic_t demand;
 	unsigned long told_at;
+	unsigned long looked_at;
 	bool said;
 	bool bye;
 	unsigned long ended_at;
@@ -265,7 +269,7 @@ static int rram_post_read(struct rram_session *s, struct rram_fetch *r,
 
 	r->cqe.done = rram_fetch_done;
 	r->posted = ktime_get();
-	r->by_rw = r->bulk || rram_needs_sink_key(s->dev);
+	r->by_rw = r->bulk || l->sink_keys;
 	atomic_inc(&s->dst->active);
 	WRITE_ONCE(r->under_way, true);
 	if (r->by_rw) {
@@ -513,8 +517,8 @@ static void rram_patience(struct rram_session *s)
 
 /* -- Before the switch ---------------------------------------------------- */
 
-/* These pages are zero at the source. */
-static int rram_take_zero(struct rram_session *s, unsigned long first,
+/* These pages are zero at the source. After the switch, a page at a time. */
+static void rram_take_zero(struct rram_session *s, unsigned long first,
 			  unsigned int nr)
 {
 	struct rram_file *f = s->f;
@@ -527,6 +531,11 @@ static int rram_take_zero(struct rram_session *s, unsigned long first,
 					   RRAM_TICK))
 			rram_patience(s);
 	}
+	/* It may have been punched out, and written, while this waited. */
+	if (rram_switched(s->state) && !test_bit(first, f->missing)) {
+		rram_untake(f, first);
+		return;
+	}
 	/* A hole reads as zeroes and takes no memory. */
 	shmem_truncate_range(rram_inner(f), (loff_t)first << PAGE_SHIFT,
 			     ((loff_t)(first + nr) << PAGE_SHIFT) - 1);
@@ -536,7 +545,6 @@ static int rram_take_zero(struct rram_session *s, unsigned long first,
 		clear_bit_unlock(i, f->inflight);
 		rram_wake_page(f, i);
 	}
-	return 0;
 }
 
 /* Goes on with the offers. Returns true if there is more to do at once. */
@@ -599,6 +607,7 @@ static void rram_confirm(struct rram_session *s)
 			rram_msg_send(s, b, sizeof(*m));
 		}
 		kfree(o);
+		dst->nr_offers--;
 	}
 }
 
@@ -661,6 +670,9 @@ static bool rram_offered(struct rram_session *s, struct rram_buf *b)
 	}
 	if (data && !rram_set_key(s, &m->key))
 		return false;
+	/* No source that waits for its answers has more under way. */
+	if (dst->nr_offers >= RRAM_WINDOW)
+		return false;
 	o = kmalloc(struct_size(o, run, nr), GFP_KERNEL);
 	if (!o)
 		return false;
@@ -673,6 +685,7 @@ static bool rram_offered(struct rram_session *s, struct rram_buf *b)
 	atomic_set(&o->pending, 1);
 	memcpy(o->run, m->run, nr * sizeof(*o->run));
 	list_add_tail(&o->list, &dst->offers);
+	dst->nr_offers++;
 	return true;
 }
 
@@ -883,8 +896,13 @@ static bool rram_switch_now(struct rram_session *s, struct rram_buf *b)
 	down_write(&f->stale);
 	/* What was written here meanwhile is not the VM's. */
 	WRITE_ONCE(f->tracking, false);
-	for_each_set_bit(i, f->dirty, f->npages)
+	for_each_set_bit(i, f->dirty, f->npages) {
 		rram_make_missing(s, i);
+		/* What its key leads to may be older than that it is zero. */
+		spin_lock(&dst->key_lock);
+		dst->key[i >> RRAM_CHUNK_SHIFT].valid = false;
+		spin_unlock(&dst->key_lock);
+	}
 	bitmap_zero(f->dirty, f->npages);
 	spin_lock(&dst->order_lock);
 	rram_order_init(&dst->order, f->npages);
@@ -980,6 +998,8 @@ static void rram_pull_step(struct rram_session *s)
 		struct rram_run run;
 		bool bubble;
 		unsigned int max = s->batch;
+		u64 unused;
+		int n;
 
 		/*
 		 * Whoever waits goes first: while there are demand READs, small
@@ -995,6 +1015,7 @@ static void rram_pull_step(struct rram_session *s)
 			return;
 		if (rram_throttled(s, (u64)max << PAGE_SHIFT))
 			return;
+		unused = (u64)max << PAGE_SHIFT;
 		spin_lock(&dst->order_lock);
 		run = rram_order_next(&dst->order, f->missing, f->inflight,
 				      f->heat, max, &bubble);
@@ -1009,13 +1030,17 @@ static void rram_pull_step(struct rram_session *s)
 				rram_order_failed(&dst->order, 0);
 				spin_unlock(&dst->order_lock);
 			}
+			rram_unthrottle(s, unused);
 			return;
 		}
-		if (!run.nr)
+		if (!run.nr) {
+			rram_unthrottle(s, unused);
 			continue;
-		if (rram_pull(s, run.first, run.nr, bubble ?
-			      RRAM_CAUSE_BUBBLE : RRAM_CAUSE_BACKGROUND,
-			      NULL) < 0) {
+		}
+		n = rram_pull(s, run.first, run.nr, bubble ?
+			      RRAM_CAUSE_BUBBLE : RRAM_CAUSE_BACKGROUND, NULL);
+		rram_unthrottle(s, unused - ((u64)max(n, 0) << PAGE_SHIFT));
+		if (n < 0) {
 			spin_lock(&dst->order_lock);
 			rram_order_failed(&dst->order, run.first);
 			spin_unlock(&dst->order_lock);
@@ -1125,6 +1150,31 @@ bool rram_dest_lingers(struct rram_session *s)
 				     msecs_to_jiffies(s->args.reconnect_ms)));
 }
 
+/*
+ * Whether a READ has been under way for longer than a connection may be silent:
+ * then it is the connection that READs take which is gone. Looks once a second.
+ */
+bool rram_dest_stuck(struct rram_session *s)
+{
+	u64 ms = max(2 * (u64)s->args.dead_ms, 10 * MSEC_PER_SEC);
+	struct rram_dest *dst = s->dst;
+	ktime_t now = ktime_get();
+	unsigned int i;
+
+	if (!atomic_read(&dst->active) ||
+	    time_before(jiffies, dst->looked_at + HZ))
+		return false;
+	dst->looked_at = jiffies;
+	for (i = 0; i < RRAM_URGENT_DEPTH + RRAM_BULK_DEPTH; i++) {
+		struct rram_fetch *r = &dst->fetches[i];
+
+		if (READ_ONCE(r->under_way) &&
+		    ktime_to_ms(ktime_sub(now, READ_ONCE(r->posted))) > (s64)ms)
+			return true;
+	}
+	return false;
+}
+
 void rram_dest_linked(struct rram_session *s)
 {
 	if (rram_get_state(s, NULL) != RRAM_STATE_COMPLETE)
@@ -1207,6 +1257,7 @@ int rram_dest_new(struct rram_session *s)
 	INIT_LIST_HEAD(&dst->urgent);
 	INIT_LIST_HEAD(&dst->bulk);
 	dst->rate_at = ktime_get();
+	dst->looked_at = jiffies;
 	dst->memcg = rram_memcg_of_current();
 	dst->key = kvcalloc(n, sizeof(*dst->key), GFP_KERNEL);
 	dst->want = kvcalloc(BITS_TO_LONGS(n), sizeof(long), GFP_KERNEL);

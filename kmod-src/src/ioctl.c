@@ -62,8 +62,19 @@ static int rram_check_args(struct rram_session_args *a, bool listens)
 	default:
 		return -EINVAL;
 	}
+	if (!a->connect_ms)
+		a->connect_ms = 10 * MSEC_PER_SEC;
+	if (!a->reconnect_ms)
+		a->reconnect_ms = 3600 * MSEC_PER_SEC;
+	if (!a->heartbeat_ms)
+		a->heartbeat_ms = MSEC_PER_SEC;
+	if (!a->dead_ms)
+		a->dead_ms = 5 * MSEC_PER_SEC;
 	/* A heartbeat that is slower than patience would cut every line. */
-	if (a->dead_ms && a->heartbeat_ms && a->dead_ms < 2 * a->heartbeat_ms)
+	if (a->dead_ms < 2 * (u64)a->heartbeat_ms)
+		return -EINVAL;
+	/* Waits for it are a little longer. */
+	if (a->connect_ms > 3600 * MSEC_PER_SEC)
 		return -EINVAL;
 	return 0;
 }
@@ -169,7 +180,9 @@ static long rram_attach(struct rram_file *f, void __user *arg)
 	err = err ?: rram_check_args(&a, true);
 	if (err)
 		return err;
-	inode_lock(&f->inode);
+	/* Who holds it may wait for a page, for as long as there is no line. */
+	if (down_write_killable(&f->inode.i_rwsem))
+		return -EINTR;
 	mutex_lock(&f->lock);
 	err = rram_may_begin(f);
 	/* Pages that somebody has mapped can't become missing unnoticed. */
@@ -320,23 +333,35 @@ static long rram_get_stats(struct rram_file *f, struct rram_session *s,
 	return err;
 }
 
+static bool rram_abort_decided(struct rram_session *s)
+{
+	return rram_ended(rram_get_state(s, NULL)) || !READ_ONCE(s->aborted);
+}
+
 static long rram_abort(struct rram_session *s)
 {
-	enum rram_state state = rram_get_state(s, NULL);
+	long left;
 
-	if (rram_ended(state))
-		return 0;
 	/* Pages that only this side has are not its to withhold. */
-	if (s->role == RRAM_ROLE_SOURCE && rram_switched(state))
+	if (s->role == RRAM_ROLE_SOURCE &&
+	    rram_switched(rram_get_state(s, NULL)))
 		return -EBUSY;
 	WRITE_ONCE(s->aborted, true);
 	rram_poke(s);
-	return rram_wait_state(s, 0, 30 * MSEC_PER_SEC);
+	/* A switch that succeeds at this moment is what counts. */
+	left = wait_event_interruptible_timeout(s->changed,
+						rram_abort_decided(s), 30 * HZ);
+	if (left < 0)
+		return -EINTR;
+	if (!left)
+		return -ETIMEDOUT;
+	return rram_ended(rram_get_state(s, NULL)) ? 0 : -EBUSY;
 }
 
 static long rram_take_back(struct rram_session *s)
 {
 	enum rram_state state = rram_get_state(s, NULL);
+	int err;
 
 	if (s->role != RRAM_ROLE_SOURCE)
 		return -EINVAL;
@@ -345,7 +370,11 @@ static long rram_take_back(struct rram_session *s)
 	WRITE_ONCE(s->taken_back, true);
 	WRITE_ONCE(s->aborted, true);
 	rram_poke(s);
-	return rram_wait_state(s, 0, 30 * MSEC_PER_SEC);
+	err = rram_wait_state(s, 0, 30 * MSEC_PER_SEC);
+	if (err)
+		return err;
+	/* The last page may have left meanwhile. */
+	return rram_get_state(s, NULL) == RRAM_STATE_COMPLETE ? -EBUSY : 0;
 }
 
 static long rram_release(struct rram_file *f)

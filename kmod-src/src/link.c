@@ -16,7 +16,7 @@
 #define RRAM_STEP_MS	2000	/* for each step of connecting */
 #define RRAM_BACKLOG	8
 
-bool rram_needs_sink_key(struct ib_device *dev)
+static bool rram_needs_sink_key(struct ib_device *dev)
 {
 	/*
 	 * iWARP writes READ data by key. The software device takes the local
@@ -598,7 +598,9 @@ static int rram_make_qp(struct rram_session *s, enum rram_link_kind kind)
 		attr.cap.max_recv_wr = 1;
 		attr.cap.max_send_sge = 1;
 		attr.cap.max_recv_sge = 1;
-		if (rram_needs_sink_key(dev))
+		/* Noted, since the parameter may change meanwhile. */
+		l->sink_keys = rram_needs_sink_key(dev);
+		if (l->sink_keys)
 			attr.cap.max_rdma_ctxs = RRAM_URGENT_DEPTH;
 	}
 	attr.cap.max_send_wr = min_t(u32, attr.cap.max_send_wr,
@@ -641,6 +643,9 @@ void rram_break(struct rram_session *s)
 	unsigned int kind;
 
 	WRITE_ONCE(s->broken, true);
+	/* A fault that has not seen it yet has posted its READ after this. */
+	down_write(&s->linksem);
+	up_write(&s->linksem);
 	for (kind = 0; kind < RRAM_LINKS; kind++) {
 		struct rdma_cm_id *id = s->link[kind].id;
 
@@ -964,6 +969,9 @@ bool rram_check_link(struct rram_session *s)
 	if (time_after(jiffies, s->last_tx +
 				msecs_to_jiffies(s->args.heartbeat_ms)))
 		rram_say(s, RRAM_MSG_PING);
+	/* Signs of life take the other connection. */
+	if (s->role == RRAM_ROLE_DESTINATION && rram_dest_stuck(s))
+		return false;
 	return !time_after(jiffies, s->last_rx +
 				    msecs_to_jiffies(s->args.dead_ms));
 }

@@ -183,6 +183,7 @@ struct rram_buf {
  * @failed: it will not get further
  * @reason: enum rram_reason, with @failed
  * @up: established
+ * @sink_keys: READs on it need a key for where they write
  */
 struct rram_link {
 	struct rram_session *s;
@@ -192,6 +193,7 @@ struct rram_link {
 	bool failed;
 	int reason;
 	bool up;
+	bool sink_keys;
 };
 
 /* A request to connect that the session's thread has not looked at yet. */
@@ -355,6 +357,7 @@ int rram_wait_state(struct rram_session *s, u32 states, unsigned int ms);
 bool rram_ended(enum rram_state state);
 bool rram_switched(enum rram_state state);
 bool rram_throttled(struct rram_session *s, u64 bytes);
+void rram_unthrottle(struct rram_session *s, u64 bytes);
 void rram_fail(struct rram_session *s, enum rram_reason reason);
 void rram_wake_pages(struct rram_file *f);
 void rram_wake_page(struct rram_file *f, unsigned long index);
@@ -364,7 +367,6 @@ int rram_link_init(void);
 void rram_link_exit(void);
 void rram_list_session(struct rram_session *s);
 void rram_unlist_session(struct rram_session *s);
-bool rram_needs_sink_key(struct ib_device *dev);
 int rram_listen(struct rram_session *s);
 void rram_unlisten(struct rram_session *s);
 int rram_connect(struct rram_session *s);
@@ -404,6 +406,7 @@ void rram_dest_sweep(struct rram_session *s, enum rram_link_kind kind,
 void rram_dest_end(struct rram_session *s, bool lost);
 bool rram_dest_message(struct rram_session *s, struct rram_buf *b);
 bool rram_dest_lingers(struct rram_session *s);
+bool rram_dest_stuck(struct rram_session *s);
 bool rram_dest_step(struct rram_session *s);
 int rram_demand(struct rram_session *s, unsigned long index);
 void rram_dest_fault(struct rram_session *s, unsigned long index);

@@ -133,17 +133,52 @@ bool rram_throttled(struct rram_session *s, u64 bytes)
 	return false;
 }
 
+/* Gives back what was taken for bytes that were not moved. */
+void rram_unthrottle(struct rram_session *s, u64 bytes)
+{
+	s->tokens += bytes;
+}
+
+/* Tells the peer that this side has given up, if that is possible. */
+static void rram_say_abort(struct rram_session *s)
+{
+	struct rram_msg_abort *m;
+	struct rram_buf *b;
+
+	if (!s->linked || !rram_can_send(s))
+		return;
+	b = rram_msg_new(s, RRAM_MSG_ABORT);
+	m = b->data;
+	m->reason = cpu_to_le32(RRAM_REASON_ABORTED);
+	rram_msg_send(s, b, sizeof(*m));
+	rram_msg_flush(s);
+}
+
 /*
  * Ends a session that can't go on. Before the switch that is a failure; after
  * it pages are lost.
  */
 void rram_fail(struct rram_session *s, enum rram_reason reason)
 {
-	bool after = rram_switched(rram_get_state(s, NULL));
+	enum rram_state state = rram_get_state(s, NULL);
+	bool after = rram_switched(state);
 
+	/* A destination that has all pages keeps them, whatever its peer says. */
+	if (rram_ended(state))
+		return;
 	rram_set_state(s, after ? RRAM_STATE_LOST : RRAM_STATE_FAILED, reason);
-	if (s->role == RRAM_ROLE_DESTINATION)
-		rram_dest_end(s, after);
+	if (s->role != RRAM_ROLE_DESTINATION)
+		return;
+	if (!after) {
+		if (reason != RRAM_REASON_PEER_ABORTED)
+			rram_say_abort(s);
+		/*
+		 * A fault may hold the semaphore that is taken next and wait
+		 * for a folio that is being READ.
+		 */
+		rram_break(s);
+	}
+	rram_dest_end(s, after);
 }
 
 /* Deals with what the peer said. Returns false once there is a reason to end. */
@@ -269,21 +304,6 @@ static bool rram_turn(struct rram_session *s)
 	return more;
 }
 
-/* Tells the peer that this side has given up, if that is possible. */
-static void rram_say_abort(struct rram_session *s)
-{
-	struct rram_msg_abort *m;
-	struct rram_buf *b;
-
-	if (!s->linked || !rram_can_send(s))
-		return;
-	b = rram_msg_new(s, RRAM_MSG_ABORT);
-	m = b->data;
-	m->reason = cpu_to_le32(RRAM_REASON_ABORTED);
-	rram_msg_send(s, b, sizeof(*m));
-	rram_msg_flush(s);
-}
-
 /* The thread waits inside somebody else's code, and has waited enough. */
 static void rram_hurry(struct work_struct *work)
 {
@@ -299,7 +319,7 @@ static int rram_thread(void *data)
 	enum rram_state state;
 	bool more = false, said = false;
 
-	allow_signal(SIGINT);	/* from rram_hurry() alone */
+	allow_kernel_signal(SIGINT);	/* from rram_hurry() alone */
 	if (s->role == RRAM_ROLE_SOURCE) {
 		rram_connect(s);
 		if (!s->linked)
@@ -319,8 +339,15 @@ static int rram_thread(void *data)
 		}
 		if (rram_ended(state))
 			break;
+		if (READ_ONCE(s->aborted) && !READ_ONCE(s->taken_back) &&
+		    s->role == RRAM_ROLE_SOURCE && rram_switched(state)) {
+			/* Asked for too late: the VM runs over there. */
+			WRITE_ONCE(s->aborted, false);
+			wake_up_all(&s->changed);
+		}
 		if (READ_ONCE(s->aborted)) {
-			rram_say_abort(s);
+			if (s->role == RRAM_ROLE_SOURCE || rram_switched(state))
+				rram_say_abort(s);
 			said = true;
 			if (s->taken_back)
 				rram_set_state(s, RRAM_STATE_FAILED,
@@ -379,14 +406,6 @@ struct rram_session *rram_session_new(struct rram_file *f, enum rram_role role,
 	INIT_LIST_HEAD(&s->rx);
 	s->net = get_net(current->nsproxy->net_ns);
 	s->args = *args;
-	if (!s->args.connect_ms)
-		s->args.connect_ms = 10 * MSEC_PER_SEC;
-	if (!s->args.reconnect_ms)
-		s->args.reconnect_ms = 3600 * MSEC_PER_SEC;
-	if (!s->args.heartbeat_ms)
-		s->args.heartbeat_ms = MSEC_PER_SEC;
-	if (!s->args.dead_ms)
-		s->args.dead_ms = 5 * MSEC_PER_SEC;
 	s->batch = 32;
 	s->background = true;
 	s->tokens_at = ktime_get();
