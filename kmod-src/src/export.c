@@ -387,7 +387,7 @@ static void rram_precopy_stop(struct rram_session *s)
  * or -EAGAIN if it has to wait.
  */
 static int rram_offer_chunk(struct rram_session *s, unsigned long first,
-			     const unsigned long *mask)
+			    const unsigned long *mask)
 {
 	struct rram_source *src = s->src;
 	unsigned long zero[BITS_TO_LONGS(RRAM_CHUNK_PAGES)];

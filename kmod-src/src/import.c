@@ -519,7 +519,7 @@ static void rram_patience(struct rram_session *s)
 
 /* These pages are zero at the source. After the switch, a page at a time. */
 static void rram_take_zero(struct rram_session *s, unsigned long first,
-			  unsigned int nr)
+			   unsigned int nr)
 {
 	struct rram_file *f = s->f;
 	unsigned long i;
