@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -288,6 +289,68 @@ def test_a_vm_that_is_taken_back(ram):
     file.switch()
     file.check()
     file.complete()
+
+
+def outcome(call):
+    """None, or the number of the error."""
+    try:
+        call()
+    except OSError as err:
+        return err.errno
+    return None
+
+
+def test_abort_and_switch_at_once(ram):
+    """One of them wins: a switch that succeeded is not undone, and one that was aborted did not happen."""
+    file, dice = ram(2), random.Random(5)
+    for turn in range(12):
+        file.connect()
+        switch = file.source.start("switch", name=file.name)
+        time.sleep(dice.random() * 0.06)
+        aborted = outcome(lambda: file.src("abort"))
+        if outcome(switch) is None:
+            assert aborted is not None, turn
+            file.take_shadow()
+            file.complete()
+            file.check(threads=1)
+            file.release()
+            file.turn_round()
+        else:
+            assert file.states()[0] == FAILED, turn
+            # It may have switched, and learns that it must not run.
+            assert file.dst("wait", states=[], ms=30000)[0] in (FAILED, LOST)
+            file.release()
+
+
+#: Maps all of a file anew, again and again.
+TOUCH = """
+import mmap, time
+end = time.time() + {seconds}
+file = open("{path}", "r+b")
+while time.time() < end:
+    with mmap.mmap(file.fileno(), 0) as pages:
+        sum(pages[at] for at in range(0, len(pages), 4096))
+"""
+
+
+def test_rule_3_a_fault_that_waits_for_a_page_under_way_does_not_keep_a_session_from_its_end(ram):
+    """Pages are copied ahead again while somebody touches them at the destination; then the line goes, and the destination gives up."""
+    file = ram(4).connect(dead_ms=60000, heartbeat_ms=1000)
+    file.precopy(400)
+    writer = file.run("w", threads=2)
+    file.src("precopy", ms=20000)
+    touching = file.dest.start("sh", script=f"python3 - <<'END'\n{TOUCH.format(seconds=6, path=file.path)}\nEND", check=False)
+    time.sleep(2)
+    with cut(file.dest, "drop"):
+        time.sleep(2)
+        file.dst("abort")
+        assert file.states()[1] == FAILED
+        file.dst("release")
+    touching()
+    assert writer.tell("stop")["bad"] == 0
+    writer.kill()
+    assert file.src("wait", states=[FAILED], ms=120000)[0] == FAILED
+    file.src("release")
 
 
 def test_a_switch_that_nobody_waited_for(ram):

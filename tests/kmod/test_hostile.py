@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import random
 import struct
+import time
 
 import pytest
 
 from hosts import BACKGROUND, CONNECTED, FAILED, LISTENING, LOST, POSTCOPY, REASONS, RECONNECTING, wait_for
+from hosts import COMPLETE as HAS_ALL  # a state; here COMPLETE is a message
 
 MAGIC = 0x4D415252
 CREDIT, PING, ABORT, OFFER, PULLED, DIRTY, SWITCH, SWITCHED, WANT, KEY, COMPLETE, BYE, PROGRESS = range(1, 14)
@@ -207,6 +209,42 @@ def test_rule_5_a_source_is_told_nonsense(ram, peer):
         assert state == FAILED, (number, nonsense[:40], state, REASONS[reason])
         file.src("release")
     still_works(file)
+
+
+def test_rule_5_offers_that_are_never_settled_come_to_an_end(ram, peer):
+    """A peer that gives no room for answers can't make the destination keep more of its offers than an honest one has under way."""
+    file = ram(2)
+    file.attach()
+    hostile = peer(file.source)
+    hostile.source_of(file)
+    for number in range(200):
+        if hostile.tell("send", BULK, offer(0, [run_of(0, 0x8001)], seq=number))["status"] != "success":
+            break
+    state, reason = file.dst("wait", states=[FAILED], ms=30000)
+    assert (state, REASONS[reason]) == (FAILED, "protocol")
+    file.dst("release")
+    still_works(file)
+
+
+def test_rule_5_who_has_all_pages_keeps_them(ram, peer):
+    """An abort that comes after the last page is too late."""
+    file = ram(2)
+    file.attach()
+    hostile = peer(file.source)
+    hostile.source_of(file)
+    hostile.tell("send", BULK, dirty(0, 512, heat=0, flags=2))
+    hostile.tell("send", BULK, message(SWITCH, struct.pack("<Q", 0)))
+    hostile.next(SWITCHED)
+    hostile.next(COMPLETE)
+    hostile.tell("send", BULK, message(ABORT, struct.pack("<I", 11)))
+    hostile.tell("send", BULK, message(BYE))
+    time.sleep(1)
+    assert file.dst("stats")["state"] == HAS_ALL
+    file.dst("release")
+    file.turn_round()
+    file.connect()
+    file.switch()
+    file.complete()
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
