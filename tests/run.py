@@ -33,7 +33,7 @@ class Stage:
     timeout: int  # seconds
 
 
-# Not among them until it has been seen to pass as a whole: the scenario rdma.
+# Long suites of their own, beside these: the scenarios faults and rdma, test-kmod with --long, test-kmod-debug, test-pyverbs, bench.
 STAGES = (
     Stage("lint", ("lint",), 900),
     Stage("sanity", ("sanity",), 1800),
@@ -43,7 +43,6 @@ STAGES = (
     Stage("evacuate", ("molecule", "SCENARIO=evacuate"), 2400),
     Stage("abort", ("molecule", "SCENARIO=abort"), 2400),
     Stage("refuse", ("molecule", "SCENARIO=refuse"), 2400),
-    Stage("faults", ("molecule", "SCENARIO=faults"), 2400),
     Stage("remote_ram", ("molecule", "SCENARIO=remote_ram"), 2400),
     Stage("kmod", ("test-kmod",), 3000),
 )
