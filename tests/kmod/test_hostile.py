@@ -243,7 +243,7 @@ def test_rule_5_who_has_all_pages_keeps_them(ram, peer):
     file.dst("release")
     file.turn_round()
     file.connect()
-    file.switch()
+    file.src("switch")
     file.complete()
 
 
