@@ -58,7 +58,7 @@ class Bench:
             # The size of files counts against the mount's limit, though these are sparse.
             host.sh("umount /run/remote_ram && mount -t remote_ram none /run/remote_ram")
         self.device = f"{transport}0"
-        self.names = iter(range(1000000))
+        self.made = 0
 
     def add(self, figure: str, **values):
         row = {"figure": figure, "transport": self.transport, **values}
@@ -71,7 +71,8 @@ class Bench:
     def file(self, mib, pair=None, filled=True):
         """A file on both hosts, or two on one host, connected; gone afterwards."""
         source, dest = pair or self.hosts
-        file = Both(source, dest, f"b{next(self.names)}", mib)
+        self.made += 1
+        file = Both(source, dest, f"b{self.made}", mib)
         try:
             file.create()
             if filled:

@@ -255,8 +255,8 @@ class Guests:
             "cd /; for d in $(virsh -q list --all --name | sort); do virsh domstate $d; virsh dumpxml $d | sha256sum; done; "
             "systemctl list-units --plain --no-legend 'hecaton-*' | sed 's/  */ /g'; "
             # Not locks: they stay, so that nobody holds one that is gone.
-            "find etc/hecaton etc/systemd/system var/lib/hecaton run/hecaton/incoming run/hecaton/reserved \\( -type f -o -type l \\) ! -name '*.lock' 2>/dev/null "
-            "| sort | while read f; do echo $f $(sha256sum < $f); done; ls -l dev/shm; ip -br link | sed 's/  */ /g'"
+            "find etc/hecaton etc/systemd/system var/lib/hecaton run/hecaton/incoming run/hecaton/reserved \\( -type f -o -type l \\) "
+            "! -name '*.lock' 2>/dev/null | sort | while read f; do echo $f $(sha256sum < $f); done; ls -l dev/shm; ip -br link | sed 's/  */ /g'"
         )
 
         def ask(host):
