@@ -405,6 +405,8 @@ class Lab:
                 "hosts": hosts,
                 "vars": {
                     "ansible_host": "127.0.0.1",
+                    # Said, since a play that is local would take its tasks that are delegated for local ones too.
+                    "ansible_connection": "ssh",
                     "ansible_user": "root",
                     "ansible_python_interpreter": "/usr/bin/python3",
                     "ansible_ssh_private_key_file": str(lab_keys / "control"),
