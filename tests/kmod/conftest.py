@@ -64,6 +64,7 @@ class Pair:
         self.lab, self.transport = lab, transport
         self.folder = debug_kernel.built() if lab.kernel else build.built()
         self.hosts = [tools.Host(lab, name) for name in tools.NAMES]
+        self.hosts[0].peer, self.hosts[1].peer = reversed(self.hosts)
         self.install()
 
     def install(self):

@@ -74,7 +74,7 @@ class Host:
     def __init__(self, lab, name):
         self.lab, self.name = lab, name
         self.address = lab_module.migration_address(name)
-        self.agent = None
+        self.agent = self.transport = self.peer = None
 
     def connect(self):
         self.agent = subprocess.Popen(
@@ -126,6 +126,7 @@ class Host:
 
     def install(self, folder, transport):
         """Loads the modules and mounts the file system, with one kind of device on the migration network."""
+        self.transport = transport
         files = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"}
         files["agent.py"] = HERE / "agent.py"
         self.lab.ssh(self.name, f"umount /run/remote_ram 2>/dev/null; rmmod remote_ram 2>/dev/null; mkdir -p {PROGRAMS} /run/remote_ram")
@@ -307,22 +308,36 @@ def slow_down(host, us):
     host.sh(f"echo {us} > /sys/kernel/debug/remote_ram/inject_delay_us")
 
 
+def dropping(*ways):
+    """A command that drops what comes or goes on the migration network."""
+    rules = ["add table inet cut"]
+    for way in ways:
+        device = {"input": "iifname", "output": "oifname"}[way]
+        rules += [f"add chain inet cut {way} {{ type filter hook {way} priority 0; }}", f"add rule inet cut {way} {device} mig0 drop"]
+    return "; ".join(f"nft '{rule}'" for rule in rules)
+
+
 @contextlib.contextmanager
 def cut(host, how):
-    """The migration network is cut on a host while this lasts."""
-    rules = ["add table inet cut"]
-    for way, device in (("input", "iifname"), ("output", "oifname")):
-        rules += [f"add chain inet cut {way} {{ type filter hook {way} priority 0; }}", f"add rule inet cut {way} {device} mig0 drop"]
-    begin, end = {
-        "drop": ("; ".join(f"nft '{rule}'" for rule in rules), "nft delete table inet cut"),
-        "loss": ("tc qdisc replace dev mig0 root netem loss 100%", "tc qdisc del dev mig0 root"),
-        "down": ("ip link set mig0 down", "ip link set mig0 up"),
+    """The migration network is cut on a host while this lasts.
+
+    With rxe it is always cut where packets come in, on both hosts: when the sending host itself drops a packet of a queue pair that
+    has none on its way, rxe waits for ever for that packet to be freed, and the queue pair of the connection manager is one.
+    """
+    hosts, begin, end = {
+        "drop": ([host], dropping("input", "output"), "nft delete table inet cut"),
+        "loss": ([host], "tc qdisc replace dev mig0 root netem loss 100%", "tc qdisc del dev mig0 root"),
+        "down": ([host], "ip link set mig0 down", "ip link set mig0 up"),
     }[how]
-    host.sh(begin)
+    if host.transport == "rxe":
+        hosts, begin, end = [host, host.peer], dropping("input"), "nft delete table inet cut"
+    for each in hosts:
+        each.sh(begin)
     try:
         yield
     finally:
-        host.sh(end)
+        for each in hosts:
+            each.sh(end)
 
 
 def console(lab, name):
