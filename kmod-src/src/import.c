@@ -1156,7 +1156,7 @@ bool rram_dest_lingers(struct rram_session *s)
  */
 bool rram_dest_stuck(struct rram_session *s)
 {
-	u64 ms = max(2 * (u64)s->args.dead_ms, 10 * MSEC_PER_SEC);
+	u64 ms = max_t(u64, 2 * (u64)s->args.dead_ms, 10 * MSEC_PER_SEC);
 	struct rram_dest *dst = s->dst;
 	ktime_t now = ktime_get();
 	unsigned int i;
