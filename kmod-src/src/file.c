@@ -269,7 +269,7 @@ static vm_fault_t rram_fault(struct vm_fault *vmf)
 {
 	struct rram_file *f = rram_of_vma(vmf->vma);
 	enum rram_phase phase = READ_ONCE(f->phase);
-	struct file *file = NULL;
+	struct file *file;
 	vm_fault_t ret;
 
 	if (likely(phase == RRAM_PHASE_PLAIN))
@@ -291,14 +291,13 @@ again:
 		}
 	}
 	if (!rram_missing(f, vmf->pgoff)) {
+		if (phase != RRAM_PHASE_AHEAD)
+			return rram_shmem_vm_ops->fault(vmf);
 		/* shmem may let go of the VMA, and with it of our file. */
-		if (phase == RRAM_PHASE_AHEAD)
-			file = get_file(rram_vma_file(vmf->vma));
+		file = get_file(rram_vma_file(vmf->vma));
 		ret = rram_shmem_vm_ops->fault(vmf);
-		if (phase == RRAM_PHASE_AHEAD) {
-			up_read(&f->stale);
-			fput(file);
-		}
+		up_read(&f->stale);
+		fput(file);
 		return ret;
 	}
 	if (phase == RRAM_PHASE_AHEAD)
@@ -664,8 +663,7 @@ int rram_file_bitmaps(struct rram_file *f)
 	size_t longs = BITS_TO_LONGS(f->npages);
 
 	/*
-	 * Kept until the size changes or the file goes: a fault may look at
-	 * them without a lock.
+	 * Kept until the file goes: a fault may look at them without a lock.
 	 */
 	if (!f->dirty)
 		f->dirty = kvcalloc(longs, sizeof(long), GFP_KERNEL);

@@ -1158,13 +1158,14 @@ bool rram_dest_stuck(struct rram_session *s)
 {
 	u64 ms = max_t(u64, 2 * (u64)s->args.dead_ms, 10 * MSEC_PER_SEC);
 	struct rram_dest *dst = s->dst;
-	ktime_t now = ktime_get();
 	unsigned int i;
+	ktime_t now;
 
 	if (!atomic_read(&dst->active) ||
 	    time_before(jiffies, dst->looked_at + HZ))
 		return false;
 	dst->looked_at = jiffies;
+	now = ktime_get();
 	for (i = 0; i < RRAM_URGENT_DEPTH + RRAM_BULK_DEPTH; i++) {
 		struct rram_fetch *r = &dst->fetches[i];
 

@@ -305,12 +305,15 @@ def test_abort_and_switch_at_once(ram):
     file, dice = ram(2), random.Random(5)
     for turn in range(12):
         file.connect()
+        # Or all may be in before somebody asks for an abort, which then has nothing to end.
+        file.dst("tune", what=BACKGROUND, value=0)
         switch = file.source.start("switch", name=file.name)
         time.sleep(dice.random() * 0.06)
         aborted = outcome(lambda: file.src("abort"))
         if outcome(switch) is None:
             assert aborted is not None, turn
             file.take_shadow()
+            file.dst("tune", what=BACKGROUND, value=1)
             file.complete()
             file.check(threads=1)
             file.release()

@@ -174,6 +174,15 @@ TO_SOURCE = [
 ]  # fmt: skip
 
 
+def impostor(ram, peer):
+    """A file that waits for its source, and a hostile peer that is it."""
+    file = ram(2)
+    file.attach()
+    hostile = peer(file.source)
+    hostile.source_of(file)
+    return file, hostile
+
+
 def still_works(file):
     """Session after session: the file is as it was, and can be moved."""
     file.connect()
@@ -213,10 +222,7 @@ def test_rule_5_a_source_is_told_nonsense(ram, peer):
 
 def test_rule_5_offers_that_are_never_settled_come_to_an_end(ram, peer):
     """A peer that gives no room for answers can't make the destination keep more of its offers than an honest one has under way."""
-    file = ram(2)
-    file.attach()
-    hostile = peer(file.source)
-    hostile.source_of(file)
+    file, hostile = impostor(ram, peer)
     for number in range(200):
         if hostile.tell("send", BULK, offer(0, [run_of(0, 0x8001)], seq=number))["status"] != "success":
             break
@@ -228,10 +234,7 @@ def test_rule_5_offers_that_are_never_settled_come_to_an_end(ram, peer):
 
 def test_rule_5_who_has_all_pages_keeps_them(ram, peer):
     """An abort that comes after the last page is too late."""
-    file = ram(2)
-    file.attach()
-    hostile = peer(file.source)
-    hostile.source_of(file)
+    file, hostile = impostor(ram, peer)
     hostile.tell("send", BULK, dirty(0, 512, heat=0, flags=2))
     hostile.tell("send", BULK, message(SWITCH, struct.pack("<Q", 0)))
     hostile.next(SWITCHED)
@@ -274,10 +277,7 @@ def test_rule_5_random_messages(ram, peer, side):
 
 def test_rule_5_after_the_switch_nonsense_loses_nothing(ram, peer):
     """A connection that is broken by nonsense is a connection lost: the destination waits for one that is better."""
-    file = ram(2)
-    file.attach()
-    hostile = peer(file.source)
-    hostile.source_of(file)
+    file, hostile = impostor(ram, peer)
     file.dst("tune", what=BACKGROUND, value=0)
     hostile.tell("send", BULK, dirty(0, 512))
     hostile.tell("send", BULK, message(SWITCH, struct.pack("<Q", 512)))
