@@ -30,6 +30,7 @@ PACKAGES = {
         "mmdebstrap": "command mmdebstrap",
         "nbdkit": "command nbdkit",
         "openssh-client": "command ssh",
+        "patch": "command patch",
         "qemu-system-x86": "command qemu-system-x86_64",
         "qemu-utils": "command qemu-img",
         "uidmap": "command newuidmap",

@@ -64,6 +64,35 @@ def read_source(src: str, path: str | None, exclude: list) -> dict:
     return files
 
 
+def patched(files: dict, patches: list) -> tuple[dict, list[int]]:
+    """A source with patches applied in order, and the numbers, from 1 on, of those that it had already.
+
+    :param files: as of ``read_source``.
+    :param patches: texts of unified diffs, for ``patch -p1``.
+    :raises KmodError: one does not fit, or there is no patch on the host.
+    """
+    if not patches:
+        return files, []
+    there = []
+    with tempfile.TemporaryDirectory(prefix="hecaton-kmod-") as folder:
+        tree = os.path.join(folder, "tree")
+        write_source(files, tree)
+        for number, text in enumerate(patches, 1):
+            diff = os.path.join(folder, "diff")
+            with open(diff, "w", encoding="utf-8") as out:
+                out.write(text if text.endswith("\n") else f"{text}\n")
+            command = ["patch", "--strip=1", "--batch", "--no-backup-if-mismatch", "--reject-file=-", f"--directory={tree}", f"--input={diff}"]
+            # First whether it fits as a whole: one that does not is not to leave half of itself.
+            tried = run(*command, "--forward", "--dry-run", check=False)
+            if not tried.returncode:
+                run(*command, "--forward")
+            elif not run(*command, "--reverse", "--dry-run", check=False).returncode:
+                there.append(number)
+            else:
+                raise KmodError(f"number {number} of the patches does not fit the source: {_kmod.tail(tried.stdout or tried.stderr, 10)}")
+        return read_source(tree, None, []), there
+
+
 def _from_archive(src: str, path: str | None, exclude: list) -> dict:
     files = {}
     try:

@@ -62,6 +62,14 @@ options:
     type: list
     elements: str
     default: []
+  patches:
+    description:
+      - Changes to the source, each the text of a unified diff with one leading folder in its names, such as what C(git format-patch) writes.
+        They are applied in order, with C(patch), which the host has to have.
+      - One that the source has already is left out, with a warning. One that does not fit is an error, and nothing is built.
+    type: list
+    elements: str
+    default: []
   version:
     description: Version of the source. By default that of its C(dkms.conf), or V(0) without one. A hash of the source is appended to it.
     type: str
@@ -112,6 +120,7 @@ EXAMPLES = r"""
     version: "6.12"
     kernels: "^6\\.12\\."
     make_args: [CONFIG_RDMA_SIW=m]
+    patches: ["{{ lookup('ansible.builtin.file', 'files/siw.patch') }}"]
 
 - name: Build a module that a host with Secure Boot takes
   hecaton.fleet.kmod_build:
@@ -230,7 +239,7 @@ class KmodBuild:
         if stamp and record.get("archive") == stamp:
             source, version = record["source"], record["version"]
         else:
-            files = _kmod_build.read_source(self.params["src"], self.params["src_path"], self.params["exclude"])
+            files = self.files()
             source, version = self.identify(files)
         builder = self.builder(version)
         result = {"kernel": self.kernel, "method": builder.method, "version": _kmod.dkms_version(version, source)}
@@ -244,7 +253,7 @@ class KmodBuild:
         if self.module.check_mode:
             return {"changed": True, "diff": diff, **result}
         if files is None:
-            files = _kmod_build.read_source(self.params["src"], self.params["src_path"], self.params["exclude"])
+            files = self.files()
         facts = self.build(builder, files, source)
         kernels = {kernel: versions for kernel, versions in record.get("kernels", {}).items() if kernel != self.kernel and result["version"] in versions}
         self.save({"archive": stamp, "source": source, "version": version, "method": builder.method,
@@ -272,6 +281,14 @@ class KmodBuild:
             raise KmodError(f"{self.name} was built and installed, but modprobe would take another file: {where}; remove what is in its way")
         return [{"name": name, "path": path, "signer": _kmod_host.info(path, "signer") or None, **checks[name]} for name, path in found.items()]
 
+    def files(self) -> dict:
+        """The source, as it is to be built."""
+        files = _kmod_build.read_source(self.params["src"], self.params["src_path"], self.params["exclude"])
+        files, there = _kmod_build.patched(files, self.params["patches"])
+        for number in there:
+            self.module.warn(f"the source of {self.name} has number {number} of the patches already; it can be taken off the list")
+        return files
+
     def identify(self, files: dict) -> tuple[str, str]:
         """The hash and the version of a source."""
         conf = files.get("dkms.conf", (False, b""))[1].decode(errors="replace")
@@ -288,7 +305,7 @@ class KmodBuild:
         if not self.params["remote_src"] or not os.path.isfile(src):
             return None
         found = os.stat(src)
-        settings = [self.params[key] for key in ("src_path", "exclude", "version", "make_args", "kernels", "modules", "sign_key", "sign_cert")]
+        settings = [self.params[key] for key in ("src_path", "exclude", "patches", "version", "make_args", "kernels", "modules", "sign_key", "sign_cert")]
         return [src, found.st_size, found.st_mtime_ns, *settings]
 
     def check_keys(self) -> None:
@@ -341,6 +358,7 @@ def main():
             "remote_src": {"type": "bool", "default": False},
             "src_path": {"type": "str"},
             "exclude": {"type": "list", "elements": "str", "default": []},
+            "patches": {"type": "list", "elements": "str", "default": []},
             "version": {"type": "str"},
             "kernel": {"type": "str"},
             "kernels": {"type": "str"},

@@ -24,12 +24,15 @@ import image
 from image import LabError
 
 KMOD = REPO / "kmod-src"
+SIW = "drivers/infiniband/sw/siw"
+#: What the role changes in siw.
+SIW_PATCHES = sorted((REPO / "roles" / "rdma" / "files").glob("siw-*.patch"))
 #: Test programs of this folder; those of kmod-src/tests come by its Makefile.
 PROGRAMS = ("ram.c",)
 #: Besides the headers: what compiles modules and programs, checks sources, and the source of siw and checkpatch.
 PACKAGES = ("gcc", "libc6-dev", "make", "sparse", "libibverbs-dev", "librdmacm-dev", "linux-source", "xz-utils", "perl", "python3-minimal", "kmod")
 #: From linux-source: siw, which Debian doesn't build, and the kernel's own style checker.
-WANTED = ("drivers/infiniband/sw/siw", "scripts/checkpatch.pl", "scripts/spelling.txt", "scripts/const_structs.checkpatch")
+WANTED = (SIW, "scripts/checkpatch.pl", "scripts/spelling.txt", "scripts/const_structs.checkpatch")
 
 #: What checkpatch may say, by files. Everywhere: an operations structure that is a changed copy can't be const, and a macro
 #: that makes names of its argument can't have it in brackets. compat/ is there to compare versions, and its macros stand for
@@ -134,13 +137,19 @@ def compile_module(root: pathlib.Path, folder: pathlib.Path, make: str, kernel_t
     inside(root, script + "make -s -C kmod/tests programs BUILD=/build; rm -r kmod *.c", folder, kernel_tree)
 
 
+def compile_siw(root: pathlib.Path, folder: pathlib.Path, make: str, fetch: str, kernel_tree: pathlib.Path | None = None) -> None:
+    """Compiles siw.ko into a folder, as the role does; ``fetch`` makes its source the folder siw, ``make`` is how modules are made."""
+    inside(root, f"set -e; cd /build; {fetch}", folder)
+    for path in SIW_PATCHES:
+        image.run(["patch", "--quiet", "--strip=1", f"--directory={folder / 'siw'}", f"--input={path}"])
+    inside(root, f"set -e; cd /build; {make} M=/build/siw CONFIG_RDMA_SIW=m modules; strip -g siw/siw.ko; mv siw/siw.ko .; rm -r siw", folder, kernel_tree)
+
+
 def built() -> pathlib.Path:
     """A folder with remote_ram.ko, siw.ko and the test programs."""
     root, release = tree(), kernel()
     make = f"make -s -C /lib/modules/{release}/build CONFIG_DEBUG_INFO_BTF_MODULES= -j$(nproc)"
-    siw = image.entry("siw", image.digest(root.name), lambda folder: inside(root, (
-        f"set -e; cd /build; mkdir siw; cp /usr/src/wanted/drivers/infiniband/sw/siw/* siw; {make} M=/build/siw CONFIG_RDMA_SIW=m modules; "
-        "strip -g siw/siw.ko; mv siw/siw.ko .; rm -r siw"), folder))  # fmt: skip
+    siw = image.entry("siw", image.digest(root.name, *SIW_PATCHES), lambda folder: compile_siw(root, folder, make, f"cp -r /usr/src/wanted/{SIW} siw"))
 
     def build(folder):
         compile_module(root, folder, make)

@@ -48,11 +48,14 @@ def built() -> pathlib.Path:
     """A folder with remote_ram.ko for the debug kernel, its modules, and the test programs."""
     root, debug = debian(), kernel()
 
-    def make(folder):
-        build.compile_module(root, folder, "make -s -C /kernel -j$(nproc)", debug / "tree")
+    def build_all(folder):
+        make = "make -s -C /kernel -j$(nproc)"
+        build.compile_module(root, folder, make, debug / "tree")
+        fetch = f"mkdir siw; tar -C siw --strip-components=5 -xJf /usr/src/linux-source-*.tar.xz --wildcards '*/{build.SIW}'"
+        build.compile_siw(root, folder, make, fetch, debug / "tree")
         image.run(["tar", "-C", str(debug), "-cf", str(folder / "modules.tar"), "lib"])
 
-    return image.entry("kmodfordebug", image.digest(debug.name, *build.sources(), *build.programs()), make)
+    return image.entry("kmodfordebug", image.digest(debug.name, *build.SIW_PATCHES, *build.sources(), *build.programs()), build_all)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 import struct
 import time
 
@@ -120,6 +121,30 @@ def test_rule_5_connections_that_say_little(ram, peer):
     hostile.tell("close", 0)
     hostile.tell("close", 1)
     wait_for(lambda: file.dst("stats")["state"] == LISTENING)
+    file.export()
+    file.switch()
+    file.complete()
+    file.check()
+
+
+#: Opens TCP connections and closes them at once, in both ways that there are. Who doesn't listen with TCP (rxe) refuses.
+SCAN = '''
+import socket, struct, sys
+for number in range(400):
+    try:
+        with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", number % 2, 0))
+    except OSError:
+        pass
+'''
+
+
+def test_rule_5_a_scan_of_ports(ram):
+    """Connections that end before they are accepted leave the listener as it is. siw as the kernel has it loses its listener by them."""
+    file = ram(2)
+    file.attach()
+    file.source.sh(f"python3 -c {shlex.quote(SCAN)} {file.dest.address} {file.port}")
+    assert file.dst("stats")["state"] == LISTENING
     file.export()
     file.switch()
     file.complete()

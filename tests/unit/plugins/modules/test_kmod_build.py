@@ -192,6 +192,47 @@ def test_a_folder_in_an_archive_is_the_same_source(run, host):
     assert "can't be read as an archive" in run(src=str(host / "source" / "Kbuild"), remote_src=True)["msg"]
 
 
+PATCH = """A line that says why.
+
+--- a/example.c
++++ b/example.c
+@@ -1 +1 @@
+-one
++two
+"""
+
+
+def test_patches(run, host):
+    plain = run()["version"]
+    result = run(patches=[PATCH])
+    assert result["changed"]
+    assert result["version"] != plain
+    assert not run(patches=[PATCH])["changed"]
+    assert (host / "source" / "example.c").read_text() == "one\n"
+    # The same source, patched by hand, is the same build.
+    (host / "source" / "example.c").write_text("two\n")
+    assert run()["version"] == result["version"]
+
+
+def test_a_patch_that_is_in_the_source_already_is_left_out(run, host):
+    (host / "source" / "example.c").write_text("two\n")
+    assert run(patches=[PATCH])["version"] == run()["version"]
+
+
+def test_a_patch_that_does_not_fit_is_an_error(run, host):
+    """Nothing of it is applied, nothing is built."""
+    second = PATCH.replace("-one", "-three").replace("+two", "+four")
+    msg = run(patches=[PATCH, second])["msg"]
+    assert "number 2 of the patches does not fit" in msg
+    assert "FAILED" in msg
+    assert not builds(host)
+
+
+def test_patches_without_the_program(run, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "patch is not installed" in run(patches=[PATCH])["msg"]
+
+
 def test_an_archive_that_is_known_is_not_read_again(run, host, monkeypatch):
     archive = host / "linux.tar.xz"
     with tarfile.open(archive, "w:xz") as out:
