@@ -174,6 +174,7 @@ static long rram_attach(struct rram_file *f, void __user *arg)
 {
 	struct rram_session_args a;
 	struct rram_session *s;
+	struct folio *folio;
 	int err;
 
 	err = rram_copy_in(&a, arg, sizeof(a));
@@ -198,6 +199,15 @@ static long rram_attach(struct rram_file *f, void __user *arg)
 	err = rram_listen(s);
 	if (err)
 		goto put;
+	shmem_truncate_range(rram_inner(f), 0, (loff_t)-1);
+	folio = rram_grab(f, 0);
+	if (IS_ERR(folio)) {
+		err = PTR_ERR(folio);
+		rram_unlisten(s);
+		goto put;
+	}
+	folio_unlock(folio);
+	folio_put(folio);
 	shmem_truncate_range(rram_inner(f), 0, (loff_t)-1);
 	bitmap_set(f->missing, 0, f->npages);
 	bitmap_zero(f->inflight, f->npages);

@@ -53,14 +53,23 @@ struct folio *rram_peek(struct rram_file *f, unsigned long index, int *err)
 /*
  * Looks up or makes a page that is about to be overwritten. Returns the folio
  * with a reference and its lock; it may be without contents and not up to
- * date.
+ * date. Huge pages come into an empty file with shmem_enabled=force alone, which
+ * is for tests of the kernel and overrules the mount: -EOPNOTSUPP.
  */
 struct folio *rram_grab(struct rram_file *f, unsigned long index)
 {
 	struct folio *folio = NULL;
 	int err = rram_shmem_get_folio(rram_inner(f), index, &folio, true);
 
-	return err ? ERR_PTR(err) : folio;
+	if (err)
+		return ERR_PTR(err);
+	if (folio_test_large(folio)) {
+		/* What a fault asks for is one page. */
+		folio_unlock(folio);
+		folio_put(folio);
+		return ERR_PTR(-EOPNOTSUPP);
+	}
+	return folio;
 }
 
 /**

@@ -75,6 +75,14 @@ RELEASE = _ioc(_NONE, 0x18, 0)
 TAKE_BACK = _ioc(_NONE, 0x19, 0)
 
 
+#: What errors mean that the C library's words mislead about.
+_SAID = {
+    errno.ENOTCONN: "no session",
+    errno.EOPNOTSUPP: "this host makes huge pages of all shared memory, which leaves no page to fetch by itself; set "
+    "/sys/kernel/mm/transparent_hugepage/shmem_enabled to another value than force",
+}
+
+
 class RemoteRamError(Exception):
     """A call that failed.
 
@@ -173,7 +181,7 @@ class RamFile:
             if reason:
                 layout, index = reason
                 why = _reason(layout.unpack(argument)[index])
-            said = "no session" if err.errno == errno.ENOTCONN and not why else why or os.strerror(err.errno or 0)
+            said = why or _SAID.get(err.errno) or os.strerror(err.errno or 0)
             raise RemoteRamError(f"{self.path}: {what}: {said}", err.errno or 0, why) from err
         return argument
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 
@@ -173,6 +174,24 @@ def test_huge_pages_after_completion(ram):
     file.switch()
     file.check()
     file.complete()
+
+
+def test_a_host_that_makes_huge_pages_of_everything_is_refused(ram):
+    """shmem_enabled=force overrules the mount. Refused before anything is connected, and taken when it is off again."""
+    file = ram(8)
+    knob = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    before = file.dest.sh(f"sed 's/.*\\[//;s/\\].*//' {knob}").strip()
+    try:
+        file.dest.sh(f"echo force > {knob}")
+        with pytest.raises(OSError) as caught:
+            file.attach()
+        assert caught.value.errno == errno.EOPNOTSUPP
+    finally:
+        file.dest.sh(f"echo {before} > {knob}")
+    file.connect()
+    file.switch()
+    file.complete()
+    file.check()
 
 
 def test_a_bandwidth_limit_and_its_end(ram):

@@ -143,7 +143,8 @@ enum rram_reason {
  *
  * ATTACH returns when the file listens. What the file held is dropped. Errors:
  * EBUSY (in a session, or mapped), EINVAL, EADDRINUSE, EADDRNOTAVAIL, ENODEV,
- * ENOMEM. The memory cgroup of the caller is charged for pages that arrive
+ * ENOMEM, EOPNOTSUPP (the host makes huge pages of all shmem: shmem_enabled is
+ * force). The memory cgroup of the caller is charged for pages that arrive
  * before anybody faults on them.
  */
 struct rram_session_args {
