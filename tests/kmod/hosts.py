@@ -10,6 +10,7 @@ import itertools
 import json
 import pathlib
 import queue
+import shlex
 import subprocess
 import sys
 import threading
@@ -57,7 +58,7 @@ class Future:
         try:
             answer = self.answers.get(timeout=timeout)
         except queue.Empty:
-            raise HostGone(f"{self.host.name} did not answer {self.order} in {timeout} s") from None
+            raise HostGone(f"{self.host.name} did not answer {self.order} in {timeout} s\n{self.host.stacks()}") from None
         if "is" in answer:
             return answer["is"]
         if answer["errno"] == -1:
@@ -111,6 +112,17 @@ class Host:
 
     def do(self, do, **order):
         return self.start(do, **order)()
+
+    def stacks(self):
+        """Where in the kernel the threads of our programs and of the module wait; asked past the agent, which may be what doesn't answer."""
+        script = (
+            "for t in /proc/[0-9]*/task/*; do case $(cat $t/comm 2>/dev/null) in ram|hostile|fault_load|rram*|qemu*|CPU*) "
+            'echo "== ${t##*/} $(cat $t/comm) $(cut -d" " -f3 $t/stat) $(cat $t/syscall)"; cat $t/stack;; esac; done 2>/dev/null; dmesg | tail -n 20'
+        )
+        try:
+            return self.lab.ssh(self.name, f"timeout 60 sh -c {shlex.quote(script)}", timeout=90).stdout
+        except lab_module.LabError as err:
+            return f"(and its threads could not be looked at: {err})"
 
     def sh(self, script, check=True):
         return self.do("sh", script=script, check=check)
