@@ -451,10 +451,12 @@ class VmMigrate:
             job["uri"] = incoming["uri"]
             if params["engine"] == "remote_ram":
                 job.update(ram=incoming["ram"], address=address, token=params["token"])
-        try:
-            os.unlink(abort_path(self.state_dir, self.name))
-        except FileNotFoundError:
-            pass
+        # The record of an earlier attempt, too: until the unit has written its own, who follows would take that one's end for this one's.
+        for path in (abort_path(self.state_dir, self.name), record_path(self.state_dir, self.name)):
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
         start(job, self.state_dir)
         self.result["started"] = True
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 from ansible.module_utils import basic
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.hecaton.fleet.plugins.module_utils import _migration
 from ansible_collections.hecaton.fleet.plugins.modules import vm_migrate
 
 
@@ -74,3 +77,22 @@ def test_a_vm_that_is_not_here_is_not_started(run):
 def test_aborting_what_is_not_under_way_changes_nothing(run):
     result = run(state="aborted", destination=None)
     assert not result["failed"] and not result["changed"]
+
+
+def test_what_an_earlier_attempt_left_is_gone_before_the_next_begins(run, monkeypatch, tmp_path):
+    """Whoever follows reads the record while the unit still starts: the old one's end is not the new one's."""
+    found = {"driver": "libvirt", "uuid": "u", "memory_mib": 64, "postcopy_failed": False}
+    record = _migration.Record(str(tmp_path), {"vm": "web1", "id": "earlier", "engine": "precopy", "driver": "libvirt", "from": "hv1", "to": "hv2"})
+    record.finish("failed", "the network broke")
+    left = [pathlib.Path(_migration.record_path(str(tmp_path), "web1")), pathlib.Path(_migration.abort_path(str(tmp_path), "web1"))]
+    left[1].touch()
+    begun = []
+
+    def start(job, state_dir):
+        begun.append([path.exists() for path in left])
+
+    monkeypatch.setattr(vm_migrate, "start", start)
+    monkeypatch.setattr(vm_migrate.VmMigrate, "_find", lambda self: found)
+    result = run(engine="precopy", driver="libvirt", incoming={"id": "next", "address": "192.0.2.1", "memory_mib": 64})
+    assert result["changed"] and not result["failed"]
+    assert begun == [[False, False]]
