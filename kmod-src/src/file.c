@@ -650,10 +650,19 @@ static long rram_inner_fallocate(struct file *inner, int mode, loff_t offset,
 	/* The caller keeps the inner file alone, and no lock of the VMA's. */
 	idx = srcu_read_lock(&rram_inner_srcu);
 	f = READ_ONCE(inner->private_data);
-	if (f)
-		err = rram_punch(f, inner, mode, offset, len);
-	else
+	if (!f) {
 		err = rram_shmem_fops->fallocate(inner, mode, offset, len);
+	} else if (down_write_killable(&f->inode.i_rwsem)) {
+		err = -EINTR;
+	} else {
+		/*
+		 * With our lock, as every other punch and write: who writes
+		 * from a mapping of this file waits for pages with shmem's lock
+		 * held, which a punch takes when it has taken pages.
+		 */
+		err = rram_punch(f, inner, mode, offset, len);
+		up_write(&f->inode.i_rwsem);
+	}
 	srcu_read_unlock(&rram_inner_srcu, idx);
 	return err;
 }

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from hosts import BACKGROUND, COMPLETE, CONNECTED, POSTCOPY, wait_for
@@ -79,6 +81,35 @@ def test_rule_1_holes_punched_while_pages_are_on_their_way(ram):
     assert puncher.tell("stop")["bad"] == 0
     puncher.finish()
     file.check("map")
+
+
+#: Writes the first half of a file to its second half, from a mapping of it, while another process removes pages of the first half.
+OWN = """
+import mmap, os, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+ram = mmap.mmap(file, 0)
+half = len(ram) // 2
+child = os.fork()
+for at in range(0, half, 4096):
+    if child:
+        os.pwrite(file, memoryview(ram)[at:at + 4096], half + at)
+    else:
+        ram.madvise(mmap.MADV_REMOVE, at, 4096)
+if child:
+    sys.exit(os.wait()[1])
+os._exit(0)
+"""
+
+
+def test_rule_1_writes_from_the_files_own_mapping_while_holes_are_punched(ram):
+    """Who writes holds shmem's lock while it waits for a page, which a punch takes when it has taken pages."""
+    file = ram(4).connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    file.dest.sh("echo 500 > /sys/kernel/debug/remote_ram/inject_delay_us")
+    file.dest.sh(f"timeout -s KILL 100 python3 -c {shlex.quote(OWN)} {file.path}")
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
 
 
 def test_rule_1_what_is_written_at_the_destination_before_the_switch_is_not_the_vms(ram):
