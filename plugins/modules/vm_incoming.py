@@ -332,7 +332,8 @@ class VmIncoming:
         systemctl("stop", unit, check=False)
         systemctl("stop", vm_unit(self.name), check=False)
         systemctl("reset-failed", vm_unit(self.name), check=False)
-        for path in (incoming_env(self.name), record_path(self.state_dir, self.name, incoming=True)):
+        ram = [block["path"] for block in record.get("ram") or []]
+        for path in (*ram, incoming_env(self.name), record_path(self.state_dir, self.name, incoming=True)):
             try:
                 os.unlink(path)
             except FileNotFoundError:

@@ -9,7 +9,7 @@ import types
 import pytest
 from ansible.module_utils import basic
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.hecaton.fleet.plugins.module_utils import _cordon, _reservations
+from ansible_collections.hecaton.fleet.plugins.module_utils import _cordon, _migration, _reservations
 from ansible_collections.hecaton.fleet.plugins.modules import vm_incoming
 
 
@@ -111,3 +111,14 @@ def test_a_busy_host_says_for_whom_and_keeps_no_room(run):
 @pytest.mark.parametrize("name", ["../web1", "a b", ""])
 def test_a_bad_name_is_refused(run, name):
     assert run(name=name)["failed"]
+
+
+def test_giving_back_leaves_no_ram_file(run, host, monkeypatch, tmp_path):
+    monkeypatch.setattr(vm_incoming, "systemctl", lambda *arguments, check=True: "")
+    ram = tmp_path / "web1.ram"
+    ram.write_text("")
+    (tmp_path / "web1.env").write_text("")
+    record = _migration.record_path(str(host.state), "web1", incoming=True)
+    _migration.write_json(record, {"id": "1", "phase": "listening", "ram": [{"id": "pc.ram", "path": str(ram), "size": 1 << 27, "port": 49299}]})
+    assert run(state="absent")["changed"]
+    assert not ram.exists() and not (tmp_path / "web1.env").exists()
