@@ -44,6 +44,7 @@ class World:
         self.role, self.state, self.reason, self.missing = "none", "none", "", 0
         self.migrate = "none"  # what query-migrate says
         self.alive = True
+        self.silent = False  # it runs, and does not answer
         self.refuse = {}
 
     def call(self, name, *arguments):
@@ -53,8 +54,10 @@ class World:
         return arguments
 
     def qmp(self, command, arguments=None):
-        if not self.alive:
+        if not self.alive or self.silent:
             raise QmpError("lost QEMU", "ConnectionError")
+        if command == "query-status":
+            return {"status": "running"}
         if command == "query-migrate":
             return {"status": self.migrate, "downtime": 120, "error-desc": "it can't be loaded"} if self.migrate != "none" else {}
         self.call(command)
@@ -83,9 +86,12 @@ def world(monkeypatch, clock, tmp_path):
 
     class Client:
         def __init__(self, path, timeout=30.0):
-            if not world.alive:
+            if not world.alive or world.silent:
                 raise QmpError(f"cannot reach QEMU at {path}", "ConnectionError")
-            self.execute = world.qmp
+            self.execute = lambda *arguments: world.qmp(*arguments)
+
+        def close(self):
+            pass
 
     class File:
         def __init__(self, path, size=None):
@@ -223,6 +229,59 @@ def test_a_destination_that_can_not_load_the_devices_has_the_ram_taken_back(worl
     with pytest.raises(MigrationError, match="can't be loaded"):
         moving.run()
     assert "take_back" in world.told and "quit" not in world.told and moving.record.data["on"] == "source"
+
+
+def test_a_source_whose_destination_has_all_but_can_not_load_the_devices_keeps_the_vm(world, tmp_path):
+    moving = outgoing(tmp_path)
+    real = world.qmp
+
+    def qmp(command, arguments=None):
+        answer = real(command, arguments)
+        if command == "migrate-continue":
+            world.migrate, world.state = "failed", "complete"
+        return answer
+
+    world.qmp = qmp
+    with pytest.raises(MigrationError, match="can't be loaded"):
+        moving.run()
+    assert world.told[-1] == "release" and moving.record.data["on"] == "source"
+
+
+def test_memory_that_is_still_arriving_is_not_given_away_and_not_given_up(world, tmp_path):
+    world.role, world.state, world.missing = "destination", "postcopy", 500
+    with pytest.raises(MigrationError, match="still arriving"):
+        outgoing(tmp_path).run()
+    assert not world.told and world.state == "postcopy"
+
+
+@pytest.mark.parametrize("state", ["connected", "precopy"])
+def test_what_a_killed_unit_had_begun_before_the_switch_does_not_stop_the_next(world, tmp_path, state):
+    world.role, world.state = "source", state
+    moving = outgoing(tmp_path)
+    moving.run()
+    assert world.told[:3] == ["abort", "release", "export"] and moving.record.data["result"] == "moved"
+
+
+def test_a_source_qemu_that_is_killed_in_pre_copy_leaves_no_session(world, clock, tmp_path):
+    clock.at.append((3, lambda: setattr(world, "alive", False)))
+    with pytest.raises(QmpError):
+        outgoing(tmp_path).run()
+    assert world.told[-2:] == ["abort", "release"] and "switch" not in world.told
+
+
+def test_a_source_qemu_that_is_killed_in_the_switch_is_needed_no_more(world, tmp_path):
+    moving = outgoing(tmp_path)
+    real = world.qmp
+
+    def qmp(command, arguments=None):
+        answer = real(command, arguments)
+        world.alive = command != "migrate-continue"
+        return answer
+
+    world.qmp = qmp
+    moving.run()
+    assert "take_back" not in world.told and f"unlink {BLOCK['path']}" in world.told
+    assert (moving.record.data["result"], moving.record.data["on"]) == ("moved", "destination")
 
 
 def test_pages_that_are_lost_are_counted_and_the_ram_here_is_kept(world, clock, tmp_path):
