@@ -298,6 +298,10 @@ class Incoming:
         """Whether the VM that runs here has all it needs."""
         return True
 
+    def _left(self) -> str:
+        """What there still is of a VM whose QEMU ended here, for the message."""
+        return ""
+
     def _listen(self) -> QmpClient:
         job = self.job
         os.makedirs(os.path.dirname(incoming_env(self.name)), mode=0o755, exist_ok=True)
@@ -339,9 +343,11 @@ class Incoming:
                 status = qmp.execute("query-migrate").get("status", "none")
                 running = qmp.execute("query-status")["status"]
             except QmpError as err:
-                if self.arrived:
-                    raise MigrationError(f"the QEMU of {self.name} ended on this host after the VM had switched to it ({err})") from err
-                raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
+                if not self.arrived:
+                    raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
+                qmp.close()
+                qmp = self._ask_again(err)
+                continue
             if not self.arrived and running not in ("inmigrate", "prelaunch") and status in ("completed", "postcopy-active", "postcopy-paused"):
                 self._settle(status)
             self._look()
@@ -359,6 +365,18 @@ class Incoming:
                 if self.data["phase"] not in ("receiving", "arrived"):
                     self.save(phase="receiving")
             time.sleep(POLL)
+
+    def _ask_again(self, err: QmpError) -> QmpClient:
+        """A new connection to a QEMU that gave no answer: while it waits for a page that is still to come, it can't.
+
+        :raises MigrationError: it has ended.
+        """
+        while is_active(vm_unit(self.name)):
+            try:
+                return QmpClient(agent_socket(self.name))
+            except QmpError:
+                time.sleep(POLL)
+        raise MigrationError(f"the QEMU of {self.name} ended on this host after the VM had switched to it ({err})" + self._left()) from err
 
     def _settle(self, status: str) -> None:
         """From here on this host is the VM's home: its definition survives a reboot."""

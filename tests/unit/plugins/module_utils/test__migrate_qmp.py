@@ -86,6 +86,9 @@ def host(monkeypatch, clock, tmp_path):
             if not (host.alive and host.listens):
                 raise QmpError(f"cannot reach QEMU at {path}", "ConnectionError")
 
+        def close(self):
+            pass
+
         def execute(self, command, arguments=None):
             if not host.alive:
                 raise QmpError("lost QEMU", "ConnectionError")

@@ -369,6 +369,33 @@ def test_pages_lost_after_the_arrival_are_said(world, tmp_path):
         side._look()
 
 
+def arrived(world, tmp_path):
+    """A destination whose VM runs and whose RAM is on its way, and its QEMU."""
+    side = incoming(tmp_path)
+    side._attach()
+    world.state, world.migrate, world.missing, side.arrived = "postcopy", "completed", 500, True
+    return side, _migrate_qmp.QmpClient("agent.sock")
+
+
+@pytest.mark.parametrize("end,words", [("complete", "its RAM is whole in /run/remote_ram/web1.ram"), ("lost", "pages are lost")])
+def test_the_ram_of_a_vm_whose_qemu_is_killed_still_arrives_and_the_record_says_where_it_is(world, clock, tmp_path, end, words):
+    side, qmp = arrived(world, tmp_path)
+    clock.at.append((1, lambda: setattr(world, "alive", False)))
+    clock.at.append((60, lambda: setattr(world, "state", end)))
+    with pytest.raises(MigrationError, match="after the VM had switched to it .*" + words):
+        side._receive(qmp)
+    assert 60 <= clock.now < 62 and not [step for step in world.told if step.startswith("unlink")]
+
+
+def test_a_qemu_that_waits_for_a_page_and_does_not_answer_is_not_taken_for_dead(world, clock, tmp_path):
+    side, qmp = arrived(world, tmp_path)
+    clock.at.append((1, lambda: setattr(world, "silent", True)))
+    clock.at.append((90, lambda: setattr(world, "silent", False)))
+    clock.at.append((95, lambda: setattr(world, "state", "complete")))
+    side._receive(qmp)
+    assert side.data["result"] == "moved" and clock.now >= 95
+
+
 def test_the_vm_is_whole_when_the_last_page_is_in(world, tmp_path):
     side = incoming(tmp_path)
     side._attach()
