@@ -26,6 +26,8 @@ INCOMING = "hecaton.fleet.vm_incoming"
 LOST_PATIENCE = 300
 #: Seconds between two looks whether a busy destination has become free.
 BUSY_POLL = 5.0
+#: Seconds that a destination which has every page may take to say what became of the VM.
+ARRIVAL_PATIENCE = 30
 
 display = Display()
 
@@ -115,6 +117,9 @@ class ActionModule(ActionBase):
             if not wait:
                 return self._clean(found)
             record = self._watch(found, task_vars)
+            if record["engine"] == "remote_ram" and record["result"] == "moved":
+                destination = destination or self._destination(task_vars)
+                record = self._arrival(destination, record)
             if destination:
                 self._release(destination)
         finally:
@@ -230,6 +235,26 @@ class ActionModule(ActionBase):
             destination._low_level_execute_command(f"rm -f /run/hecaton/reserved/{shlex.quote(self.vm)}.json")
         except AnsibleConnectionFailure as err:
             display.warning(f"{self.args['destination']} can't be reached to give back the room kept for {self.vm}; it lapses by itself ({err})")
+
+    def _arrival(self, destination: ActionModule, record: dict) -> dict:
+        """The record of a migration whose source is needed no more, corrected if the VM ended at the destination meanwhile, of which the source
+        knows nothing: its pages go there all the same."""
+        state_dir = str(self.args.get("state_dir") or "/var/lib/hecaton")
+        command = f"cat {shlex.quote(os.path.join(state_dir, 'incoming', self.vm + '.json'))}"
+        deadline = time.monotonic() + ARRIVAL_PATIENCE
+        while True:
+            try:
+                arrival = json.loads(destination._low_level_execute_command(command)["stdout"])
+            except (AnsibleConnectionFailure, ValueError):
+                return record
+            if arrival["id"] == record["id"] and arrival["result"] == "failed":
+                record = {**record, "result": "failed", "reason": f"{record['to']}: {arrival['reason']}"}
+                self._keep(record)
+                display.display(progress_line(self.vm, record["to"], record))
+                return record
+            if arrival["id"] != record["id"] or arrival["result"] or time.monotonic() > deadline:
+                return record
+            time.sleep(self.interval)
 
     def _sign_of_life(self) -> str:
         return f"touch -c {shlex.quote(str(self.args.get('state_dir') or '/var/lib/hecaton'))}/claim"

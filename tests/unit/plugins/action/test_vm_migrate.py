@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from ansible_collections.hecaton.fleet.plugins.action.vm_migrate import progress_line
+from ansible_collections.hecaton.fleet.plugins.action import vm_migrate
+from ansible_collections.hecaton.fleet.plugins.action.vm_migrate import ActionModule, progress_line
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Record
 
 MIB = 1 << 20
@@ -60,3 +63,37 @@ def test_one_that_moved_without_a_measured_downtime_does_not_make_one_up(record)
 def test_one_that_did_not_move_says_why(record, result):
     record.finish(result, "no route to host")
     assert line(record) == f"web1 -> hv2: {result}, no route to host"
+
+
+class Destination:
+    """A host that answers with one incoming record after the other; the last one stays."""
+
+    def __init__(self, *records):
+        self.records = list(records)
+
+    def _low_level_execute_command(self, command):
+        assert command == "cat /var/lib/hecaton/incoming/web1.json"
+        return {"stdout": json.dumps(self.records.pop(0) if len(self.records) > 1 else self.records[0])}
+
+
+@pytest.fixture
+def action(monkeypatch):
+    monkeypatch.setattr(vm_migrate.time, "sleep", lambda seconds: None)
+    action = ActionModule.__new__(ActionModule)
+    action.args, action.vm, action.interval = {}, "web1", 3
+    return action
+
+
+MOVED = {"id": "1", "to": "hv2", "phase": "finished", "result": "moved", "reason": ""}
+UNDER_WAY = {"id": "1", "phase": "arrived", "result": None, "reason": ""}
+
+
+def test_a_vm_that_ended_at_the_destination_did_not_move(action):
+    ended = {"id": "1", "phase": "finished", "result": "failed", "reason": "its QEMU ended; its RAM is whole in /run/remote_ram/web1.ram"}
+    record = action._arrival(Destination(UNDER_WAY, UNDER_WAY, ended), MOVED)
+    assert (record["result"], record["reason"]) == ("failed", f"hv2: {ended['reason']}")
+
+
+@pytest.mark.parametrize("arrival", [{**UNDER_WAY, "phase": "finished", "result": "moved"}, {**UNDER_WAY, "id": "2", "result": "failed"}])
+def test_a_vm_that_arrived_or_was_not_asked_about_has_moved(action, arrival):
+    assert action._arrival(Destination(UNDER_WAY, arrival), MOVED) == MOVED
