@@ -33,8 +33,8 @@ class Stage:
     timeout: int  # seconds
 
 
-# Long suites of their own, beside these: the scenarios faults and rdma, test-kmod (not green whole yet, and 27 minutes), test-kmod-debug,
-# test-pyverbs, bench.
+# Long suites of their own, beside these: the scenarios faults, remote_ram_faults and rdma, test-kmod (not green whole yet, and 27
+# minutes), test-kmod-debug, test-pyverbs, bench.
 STAGES = (
     Stage("lint", ("lint",), 900),
     Stage("sanity", ("sanity",), 1800),

@@ -115,6 +115,9 @@ class Guest:
 # them all, so the guests of the demo do these things as seldom as they may.
 CALM = "dirty.tick=100 dirty.report=20 dirty.sweep=60"
 
+# Most of the memory is only read, and seldom, so that it is long on its way where the bandwidth is limited.
+SLOW = "dirty.rate=1 dirty.pattern=random dirty.report=1 dirty.sweep=120"
+
 #: Sets of guests by what they are for.
 SETS = {
     "demo": (
@@ -142,6 +145,10 @@ SETS = {
     "remote": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
         Guest("two", "qmp", memory_mib=160, words="dirty.mib=96 dirty.rate=8 dirty.pattern=hot dirty.report=1", remote_ram=True),
+    ),
+    "remote_slow": (
+        Guest("one", "qmp", memory_mib=192, words=f"dirty.mib=16 dirty.bloat_mib=64 {SLOW}", remote_ram=True),
+        Guest("two", "qmp", memory_mib=128, words=f"dirty.mib=16 dirty.bloat_mib=32 {SLOW}", remote_ram=True),
     ),
     "bench": tuple(
         Guest(f"bench-{driver}", driver, memory_mib=160, words="dirty.mib=64 dirty.rate=6 dirty.pattern=random dirty.tick=50 dirty.report=1 dirty.sweep=30")
