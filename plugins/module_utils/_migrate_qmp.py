@@ -298,6 +298,10 @@ class Incoming:
         """Whether the VM that runs here has all it needs."""
         return True
 
+    def _came_and_went(self) -> bool:
+        """Whether the VM was here before its QEMU ended, although that was not seen."""
+        return False
+
     def _left(self) -> str:
         """What there still is of a VM whose QEMU ended here, for the message."""
         return ""
@@ -343,7 +347,7 @@ class Incoming:
                 status = qmp.execute("query-migrate").get("status", "none")
                 running = qmp.execute("query-status")["status"]
             except QmpError as err:
-                if not self.arrived:
+                if not self.arrived and not self._came_and_went():
                     raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
                 qmp.close()
                 qmp = self._ask_again(err)

@@ -24,6 +24,8 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import E
 
 #: States in which a source's file serves a VM that has left.
 SERVING = ("postcopy", "reconnecting", "complete")
+#: What systemd says of a QEMU that did not end by itself.
+KILLED = ("signal", "core-dump", "oom-kill")
 #: Seconds between two looks at a guest that stands still.
 SWITCH_POLL = 0.005
 #: Seconds for QEMU to stop the guest, and for the destination to take the devices' state.
@@ -414,6 +416,20 @@ class Incoming(_migrate_qmp.Incoming):
                 raise MigrationError(
                     f"{entry['pages_lost']} pages of {self.name} are lost ({entry['reason']}); the guest gets a machine check when it touches one of them"
                 )
+
+    def _came_and_went(self) -> bool:
+        # A QEMU that can't load the VM ends by itself, and the source takes the RAM back. One that was killed may have run the VM.
+        _migrate_qmp.systemctl("stop", vm_unit(self.name), check=False)
+        result = _migrate_qmp.systemctl("show", "--property=Result", "--value", vm_unit(self.name), check=False)
+        if result not in KILLED or any(ram.stats()["state"] not in SERVING for ram in self.files):
+            return False
+        self._left()
+        if not self._whole():
+            return False
+        # It may go on at the source after all, so it must not start with this host.
+        self.job["enabled"] = False
+        self._settle("completed")
+        return True
 
     def _left(self) -> str:
         """Waits until all of the RAM is here that can be, for those who want to look into it."""

@@ -45,6 +45,7 @@ class World:
         self.migrate = "none"  # what query-migrate says
         self.alive = True
         self.silent = False  # it runs, and does not answer
+        self.result = "success"  # what systemd says of how QEMU ended
         self.refuse = {}
 
     def call(self, name, *arguments):
@@ -143,7 +144,7 @@ def world(monkeypatch, clock, tmp_path):
             return port
 
     def systemctl(*arguments, check=True):
-        return ("active" if world.alive else "inactive") if arguments[0] == "is-active" else ""
+        return {"is-active": "active" if world.alive else "inactive", "show": world.result}.get(arguments[0], "")
 
     monkeypatch.setattr(_migrate_qmp, "QmpClient", Client)
     monkeypatch.setattr(_migrate_remote_ram, "QmpClient", Client)
@@ -153,6 +154,7 @@ def world(monkeypatch, clock, tmp_path):
     monkeypatch.setattr(_migrate_remote_ram, "forget", lambda name: world.call("forget"))
     monkeypatch.setattr(_migrate_qmp, "systemctl", systemctl)
     monkeypatch.setattr(_migrate_qmp, "RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(_migrate_qmp, "CONFIG_DIR", str(tmp_path / "vms"))
     return world
 
 
@@ -385,6 +387,17 @@ def test_the_ram_of_a_vm_whose_qemu_is_killed_still_arrives_and_the_record_says_
     with pytest.raises(MigrationError, match="after the VM had switched to it .*" + words):
         side._receive(qmp)
     assert 60 <= clock.now < 62 and not [step for step in world.told if step.startswith("unlink")]
+
+
+@pytest.mark.parametrize("result,end,kept", [("signal", "complete", True), ("signal", "lost", False), ("exit-code", "complete", False)])
+def test_a_qemu_that_ends_before_it_was_seen_running_leaves_its_ram_if_it_was_killed_and_the_source_gave_it_all(world, clock, tmp_path, result, end, kept):
+    side, qmp = arrived(world, tmp_path)
+    side.arrived, world.alive, world.result = False, False, result
+    clock.at.append((20, lambda: setattr(world, "state", end)))
+    with pytest.raises(MigrationError, match="its RAM is whole in" if kept else "before the VM had arrived"):
+        side._receive(qmp)
+    assert side.arrived == kept and (tmp_path / "vms" / "web1.conf").exists() == kept
+    assert clock.now >= 20 or result == "exit-code"
 
 
 def test_a_qemu_that_waits_for_a_page_and_does_not_answer_is_not_taken_for_dead(world, clock, tmp_path):
