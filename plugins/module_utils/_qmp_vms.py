@@ -13,6 +13,7 @@ import os
 import time
 
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
+from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import RamFile, RemoteRamError, is_remote_ram
 
 # QEMU takes up to 16384, and looks at this many pages of each GiB: 16 MiB read twice, which is nothing to notice.
 _SAMPLE_PAGES = 4096
@@ -57,8 +58,8 @@ def open_agent(run_dir: str, name: str, timeout: float = 5.0) -> QmpClient | Non
 
 
 def query(client: QmpClient) -> dict:
-    """All that facts are made of: the answers of QEMU by command, and ``arguments``, ``machine``, ``cpu``, ``memory``,
-    ``objects`` and ``devices``, which QEMU's object model answers.
+    """All that facts are made of: the answers of QEMU by command, ``arguments``, ``machine``, ``cpu``, ``memory``, ``objects`` and
+    ``devices``, which QEMU's object model answers, and ``arriving``, whether the kernel module still fetches some of its memory.
 
     :raises QmpError: the connection was lost.
     """
@@ -76,6 +77,7 @@ def query(client: QmpClient) -> dict:
         {"type": kind, **{key: _property(client, f"/objects/{name}", key) for key in ("mem-path", "share", "hugetlb")}}
         for name, kind in objects if kind.startswith("memory-backend-")
     ]
+    answers["arriving"] = any(_is_arriving(memory["mem-path"]) for memory in answers["memory"] if memory["mem-path"])
     answers["devices"] = []
     for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
         for name, kind in _children(client, folder):
@@ -86,6 +88,18 @@ def query(client: QmpClient) -> dict:
                     device["id"] = name
             answers["devices"].append(device)
     return answers
+
+
+def _is_arriving(path: str) -> bool:
+    """Whether a file is memory of which some is still to come by the kernel module, of which QEMU knows nothing."""
+    if not is_remote_ram(path):
+        return False
+    try:
+        with RamFile(path, read_only=True) as ram:
+            entry = ram.stats()
+            return entry["role"] == "destination" and entry["state"] in ("postcopy", "reconnecting")
+    except RemoteRamError:
+        return False
 
 
 def _arguments(pid: int) -> list[str]:

@@ -821,6 +821,8 @@ def _qmp_job(state: str, queries: dict) -> str | None:
     if (queries.get("query-migrate") or {}).get("status") in MIGRATION_ACTIVE:
         # QEMU keeps the word inmigrate until the guest runs; in post-copy it runs here while its memory still arrives.
         return "migration_in" if state == "incoming" or _is_incoming(queries) else "migration_out"
+    if queries.get("arriving"):
+        return "migration_in"
     if queries.get("query-block-jobs"):
         return "block_job"
     return None

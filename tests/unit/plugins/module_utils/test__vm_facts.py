@@ -345,6 +345,11 @@ def test_what_qemus_states_mean(status, migrate, state, job, code):
     assert (vm["state"], vm["job"], codes(vm["blockers"])) == (state, job, [code] if code else [])
 
 
+def test_a_vm_whose_memory_the_kernel_module_still_fetches_can_not_leave():
+    vm = qmp(arriving=True, **{"query-migrate": {"status": "completed"}})
+    assert (vm["state"], vm["job"], codes(vm["blockers"])) == ("running", "migration_in", ["already_migrating"])
+
+
 def test_what_qemu_itself_objects_to_is_passed_on():
     vm = qmp(**{"query-migrate": {"blocked-reasons": ["Migration is disabled when VirtFS export path is mounted"]}})
     assert codes(vm["blockers"]) == ["qemu_refuses"]
