@@ -12,174 +12,197 @@ import json
 import pathlib
 import platform
 import signal
-import statistics
+import subprocess
 import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE.parent / "guest")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE)]
 
 import playbook
 
+import engines_page
+import eviction
+import figures
 import guests as lab_guests
 import lab as lab_module
-import report as guest_report
+import watch
+import workloads
 from image import LabError
 
 OUT = ROOT / "build" / "bench"
-#: What vm_migrate is told for each engine. A name may have a transport after a colon, for engines that have several.
-ENGINES = {
-    "precopy": {"timeout": 240, "max_downtime": 300},
-    "userfault": {"precopy_timeout": 5},
-}
 HOSTS = ("hv1", "hv2")
-RECOVERED = 0.9  # of the guest's earlier rate
-MEDIANS = ("downtime_ms", "total_ms", "degraded_ms", "stall_p50_us", "stall_p99_us", "stall_max_us", "bytes")
-#: Reports of the guest that are waited for before a move, and after it: what "earlier" and "again" mean.
-REPORTS = 8
+NOTES = (
+    "The hosts are emulated: only ratios between engines of one file mean anything.",
+    "The guest of remote_ram has its memory in a file of that file system. QEMU's post-copy can't take such a file, since userfaultfd serves none but "
+    "tmpfs and hugetlbfs; so precopy and userfault move the same guest with ordinary memory, started afresh when the engine before it needs the other kind.",
+    "userfault has postcopy-preempt on. total_ms: of QEMU from its command migrate on, of remote_ram from the start of the unit that drives it on.",
+    "degraded_ms: from the pause until the guest has 90 % of its earlier rate, told once a second; null for a guest that writes nothing, "
+    "or is not there 240 s later.",
+    f"stall_p50_us, stall_p99_us: accesses of the guest after the switch that took {figures.FLOOR_US} µs or more, less those that did so in as much time "
+    "before the move. Their histogram has buckets of powers of two. wait_p50_us, wait_p99_us: faults on missing pages, as the kernel module counted them.",
+    "cpu_s: both hosts, from start to end of the migration, without what the guest computed; per GiB of the guest's memory.",
+    "faults_per_working_set: pages that the guest had to wait for, of those that its load uses again and again (sizes.working_set_mib).",
+    "eviction: play_s is the whole playbook, with preflight and plan in the case of evacuate; moving_s from the first start to the last end of a migration.",
+)  # fmt: skip
 
 
-def percentile(hist: list, part: float) -> int | None:
-    """The upper edge in µs of the bucket in which so much of a histogram lies (bucket n ends at 2^n µs)."""
-    total, seen = sum(hist), 0
-    if not total:
-        return None
-    for bucket, count in enumerate(hist):
-        seen += count
-        if seen >= part * total:
-            return 1 << bucket
-    return None
+class Setting:
+    """The lab as the next move needs it: the module with the right transport, and the guest with the right kind of memory on a host."""
 
-
-def difference(after: list, before: list) -> list:
-    return [count - (before[bucket] if bucket < len(before) else 0) for bucket, count in enumerate(after)]
-
-
-def measure(before: list, after: list, downtime_ms: float) -> dict:
-    """What the guest saw of a move.
-
-    :param before: its reports up to the switch, oldest first; those from REPORTS before the move on.
-    :param after: its reports from the switch on.
-    """
-    usual = statistics.median(each["rate_mib_s"] for each in before[:REPORTS])
-    with_hist = [each for each in before[:REPORTS] if each["stall_hist"]], [each for each in after if each["stall_hist"]]
-    hist = difference(with_hist[1][-1]["stall_hist"], with_hist[0][-1]["stall_hist"]) if all(with_hist) else []
-    recovered = next((each for each in after if each["rate_mib_s"] >= RECOVERED * usual), None)
-    moving = [*before[REPORTS:], *after]
-    return {
-        "rate_before_mib_s": usual,
-        # The guest's clock stands still while it is paused.
-        "degraded_ms": round(recovered["uptime_ms"] - before[-1]["uptime_ms"] + downtime_ms) if recovered else None,
-        "stall_p50_us": percentile(hist, 0.5),
-        "stall_p99_us": percentile(hist, 0.99),
-        "stall_max_us": max((each["stall_max_us"] for each in moving), default=None),
-    }
-
-
-class Bench:
-    def __init__(self, lab, guest):
-        self.lab = lab
-        self.guest = guest
+    def __init__(self, lab, folder: pathlib.Path):
+        self.lab, self.folder = lab, folder
         self.guests = lab_guests.Guests(lab)
+        self.transport = self.guest = self.watch = None
+        self.place = list(HOSTS)
 
-    def reports(self, host: str) -> list:
-        """What the guest told on a host, oldest first."""
-        logs = self.guests._logs([self.guest.name], [host])
-        found = guest_report.parse(logs.get(self.guest.name, b"")).reports
-        return sorted(found, key=lambda each: each["seq"])
+    def install(self, transport: str | None) -> None:
+        if transport and transport != self.transport:
+            self.clear()  # the module can't be replaced while a guest's memory is there
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "tests" / "kmod" / "install.py"), transport], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise LabError(f"the module could not be put on the hosts: {(done.stderr or done.stdout).strip()[-600:]}")
+            self.transport = transport
 
-    def await_reports(self, host: str, since: int, count: int, settled=lambda found: True, timeout: float = 240) -> list:
-        """Its reports after number ``since``, once there are so many, and ``settled`` is content or the time is over."""
-        deadline = time.monotonic() + timeout
-        while True:
-            found = [each for each in self.reports(host) if each["seq"] > since]
-            if len(found) >= count and (settled(found) or time.monotonic() > deadline):
-                return found
-            if time.monotonic() > deadline + timeout:
-                raise LabError(f"{self.guest.name} on {host} reports nothing any more")
-            time.sleep(2)
+    def prepare(self, guest: lab_guests.Guest, transport: str | None) -> None:
+        self.install(transport)
+        if guest == self.guest:
+            return
+        self.clear()
+        self.place = list(HOSTS)
+        self.guests.deploy([guest], self.place[0])
+        self.guest = guest
+        self.watch = watch.Database(self.guests, guest, self.folder) if guest.kind == "valkey" else watch.Reports(self.guests, guest)
 
-    def move(self, engine: str, source: str, target: str) -> dict:
-        name, _colon, transport = engine.partition(":")
-        latest = self.reports(source)
-        start = latest[-1]["seq"] if latest else 0
-        first = self.await_reports(source, start, REPORTS)[0]["seq"]
-        record_file = OUT / "record.json"
-        record_file.unlink(missing_ok=True)
-        status = playbook.run(self.lab, str(HERE / "move.yml"), OUT, {
-            "bench_from": source, "bench_to": target, "bench_vm": self.guest.name, "bench_driver": self.guest.driver, "bench_engine": name,
-            "bench_options": ENGINES[engine], "bench_record": str(record_file),
+    def clear(self) -> None:
+        if self.watch:
+            self.watch.close()
+        if self.guest:
+            self.guests.destroy()
+        self.guest = self.watch = None
+
+
+def move(setting: Setting, engine: str, workload: str) -> dict:
+    """Moves the guest to the other host. :returns: the row."""
+    name, transport = workloads.parts(engine)
+    guest, (source, target), load = setting.guest, setting.place, workloads.WORKLOADS[workload]
+    record_file = setting.folder / "record.json"
+    record_file.unlink(missing_ok=True)
+    setting.watch.before(source)
+    with watch.Processors(setting.lab, HOSTS) as processors:
+        status = playbook.run(setting.lab, str(HERE / "move.yml"), setting.folder, {
+            "bench_from": source, "bench_to": target, "bench_vm": guest.name, "bench_driver": guest.driver, "bench_engine": name,
+            "bench_options": workloads.ENGINES[engine], "bench_record": str(record_file),
         }, quiet=True)  # fmt: skip
-        if status or not record_file.exists():
-            raise LabError(f"{self.guest.name} was not moved by {engine}; see {OUT / 'playbook.log'}")
-        record = json.loads(record_file.read_text())
-        before = [each for each in self.reports(source) if each["seq"] >= first]
-        usual = statistics.median(each["rate_mib_s"] for each in before[:REPORTS])
-        after = self.await_reports(target, before[-1]["seq"], REPORTS, lambda found: any(each["rate_mib_s"] >= RECOVERED * usual for each in found))
-        check = self.guests.full_check([self.guest.name], timeout=300)[self.guest.name]
-        return {
-            "engine": name, "transport": transport or None, "driver": self.guest.driver, "workload": self.guest.words, "memory_mib": self.guest.memory_mib,
-            "from": source, "to": target, "downtime_ms": record["downtime_ms"], "total_ms": record["total_ms"], "bytes": record["bytes"],
-            **measure(before, after, record["downtime_ms"] or 0), "corrupt": check["corrupt_total"],
+    if status or not record_file.exists():
+        raise LabError(f"{guest.name} was not moved by {engine}; see {setting.folder / 'playbook.log'}")
+    record = json.loads(record_file.read_text())
+    row = {"engine": name, "transport": transport, "driver": guest.driver, "workload": workload, "from": source, "to": target,
+           "result": record["result"], "reason": record["reason"]}  # fmt: skip
+    if record["result"] == "moved":
+        setting.place.reverse()
+        cpu = processors.seconds(source, record)
+        row |= {
+            "downtime_ms": record["downtime_ms"], "total_ms": record["total_ms"], "bytes": record["bytes"],
+            **setting.watch.after(target, record, processors.clock(source)), **figures.kernel(record.get("remote_ram"), load.working_set_mib),
+            "cpu_s": cpu, "cpu_s_per_gib": round(cpu * 1024 / guest.memory_mib, 2) if cpu is not None else None,
+        }  # fmt: skip
+        if name == "precopy":  # nothing is missing after its switch
+            row |= {"stall_p50_us": None, "stall_p99_us": None}
+    return row | setting.watch.check()
+
+
+class Results:
+    """What was found so far, on disk after each row."""
+
+    def __init__(self, output: pathlib.Path, accelerator: str):
+        self.output = output
+        self.found = {
+            "rows": [], "medians": [], "eviction": [], "goals": [], "machine": platform.machine(), "accelerator": accelerator, "report_interval_s": 1,
+            "max_downtime_ms": workloads.MAX_DOWNTIME_MS, "notes": list(NOTES), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "sizes": {
+                name: {"memory_mib": load.memory_mib, "working_set_mib": load.working_set_mib, "words": load.words}
+                for name, load in workloads.WORKLOADS.items()
+            },
+            "options": workloads.ENGINES,
         }  # fmt: skip
 
+    def add(self, part: str, row: dict) -> None:
+        self.found[part].append(row)
+        self.found["medians"] = figures.medians(self.found["rows"])
+        self.found["goals"] = figures.verdicts(self.found["rows"], self.found["eviction"], workloads.MAX_DOWNTIME_MS)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.output.with_suffix(".html").write_text(engines_page.render(self.found, self.output.name))
+        print(json.dumps({key: value for key, value in row.items() if key not in ("course", "latency_ms")}), flush=True)
 
-def medians(rows: list) -> list:
-    kinds = list(dict.fromkeys((row["engine"], row["transport"], row["driver"], row["workload"]) for row in rows))
-    found = []
-    for kind in kinds:
-        same = [row for row in rows if (row["engine"], row["transport"], row["driver"], row["workload"]) == kind]
-        values = {key: [row[key] for row in same if row[key] is not None] for key in MEDIANS}
-        found.append({
-            **dict(zip(("engine", "transport", "driver", "workload"), kind, strict=True)), "runs": len(same),
-            **{key: statistics.median(each) if each else None for key, each in values.items()}, "corrupt": sum(row["corrupt"] for row in same),
-        })  # fmt: skip
-    return found
+    def wrong(self) -> bool:
+        return any(row["corrupt"] or row.get("failed") for row in self.found["rows"] + self.found["eviction"])
 
 
-def write(rows: list, accelerator: str, output: pathlib.Path) -> None:
-    result = {
-        "rows": rows, "medians": medians(rows), "machine": platform.machine(), "accelerator": accelerator, "report_interval_s": 1,
-        "notes": "degraded_ms is told by reports of the guest, one a second; stalls are upper edges of buckets of powers of two",
-    }  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+def compare(setting: Setting, results: Results, args) -> None:
+    for name in args.workloads:
+        load = workloads.WORKLOADS[name]
+        for driver in args.drivers:
+            chosen = [engine for engine in args.engines if driver in workloads.DRIVERS[workloads.parts(engine)[0]]]
+            for _number in range(args.runs or load.runs):
+                for engine in chosen:
+                    transport = workloads.parts(engine)[1]
+                    setting.prepare(load.guest(driver, bool(transport)), transport)
+                    results.add("rows", move(setting, engine, name))
+            setting.clear()
+
+
+def evict(setting: Setting, results: Results, args) -> None:
+    transports = [transport for _name, transport in map(workloads.parts, args.engines) if transport]
+    for _number in range(args.runs or 3):
+        for transport in (None, *transports):
+            setting.install(transport)
+            results.add("eviction", eviction.run(setting.lab, setting.folder / "eviction", transport))
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, help="runs of each engine with each driver (default: 5; valkey 2, eviction 3)")
+    parser.add_argument("--engines", nargs="+", choices=list(workloads.ENGINES), default=list(workloads.ENGINES))
+    parser.add_argument("--workloads", nargs="+", choices=list(workloads.WORKLOADS), help="default: all; with some, no eviction")
+    parser.add_argument("--drivers", nargs="+", choices=["qmp", "libvirt"], default=["qmp", "libvirt"], help="libvirt has no remote_ram")
+    parser.add_argument("--figures", nargs="+", choices=["engines", "eviction"], help="default: both")
+    parser.add_argument("--output", type=pathlib.Path, default=OUT / "engines.json", help="the page goes beside it")
+    args = parser.parse_args(argv)
+    args.figures = args.figures or (["engines"] if args.workloads else ["engines", "eviction"])
+    args.workloads = args.workloads or list(workloads.WORKLOADS)
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=2, help="runs of each engine with each driver (default: 2)")
-    parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), default=sorted(ENGINES))
-    parser.add_argument("--drivers", nargs="+", choices=["qmp", "libvirt"], default=["qmp", "libvirt"])
-    parser.add_argument("--output", type=pathlib.Path, default=OUT / "engines.json")
-    args = parser.parse_args()
+    args = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     OUT.mkdir(parents=True, exist_ok=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")
-    rows = []
     try:
         lab.up()
         if playbook.run(lab, str(HERE.parent / "lab" / "prepare.yml"), OUT, quiet=True):
             raise LabError(f"the hypervisors could not be prepared; see {OUT / 'playbook.log'}")
-        for guest in (each for each in lab_guests.SETS["bench"] if each.driver in args.drivers):
-            bench = Bench(lab, guest)
-            try:
-                bench.guests.deploy([guest], HOSTS[0])
-                place = list(HOSTS)
-                for _number in range(args.runs):
-                    for engine in args.engines:
-                        rows.append(bench.move(engine, *place))
-                        place.reverse()
-                        write(rows, lab.state["accelerator"], args.output)
-                        print(json.dumps({key: value for key, value in rows[-1].items() if key != "workload"}), flush=True)
-            finally:
-                bench.guests.destroy()
+        lab_guests.Guests(lab).destroy()
+        results, setting = Results(args.output, lab.state["accelerator"]), Setting(lab, OUT)
+        try:
+            if "engines" in args.figures:
+                compare(setting, results, args)
+            if "eviction" in args.figures:
+                evict(setting, results, args)
+        finally:
+            setting.clear()
     except LabError as err:
         print(f"bench: {err}", file=sys.stderr)
         return 1
-    print(json.dumps(medians(rows), indent=1))
-    return int(any(row["corrupt"] for row in rows))
+    for each in results.found["goals"]:
+        print(json.dumps(each))
+    print(f"bench: {args.output}, {args.output.with_suffix('.html')}")
+    return int(results.wrong())
 
 
 if __name__ == "__main__":

@@ -150,10 +150,6 @@ SETS = {
         Guest("one", "qmp", memory_mib=192, words=f"dirty.mib=16 dirty.bloat_mib=64 {SLOW}", remote_ram=True),
         Guest("two", "qmp", memory_mib=128, words=f"dirty.mib=16 dirty.bloat_mib=32 {SLOW}", remote_ram=True),
     ),
-    "bench": tuple(
-        Guest(f"bench-{driver}", driver, memory_mib=160, words="dirty.mib=64 dirty.rate=6 dirty.pattern=random dirty.tick=50 dirty.report=1 dirty.sweep=30")
-        for driver in ("qmp", "libvirt")
-    ),
     "busy": (
         Guest("one", "qmp", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),
         Guest("two", "libvirt", memory_mib=192, words="dirty.mib=96 dirty.rate=40 dirty.pattern=random dirty.report=1"),

@@ -1,56 +1,94 @@
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How the benchmark makes figures of what a guest told."""
+"""What the comparison of engines does in which order, and what it runs on."""
 
 from __future__ import annotations
 
-import importlib.util
-import pathlib
-import sys
+import types
 
 import pytest
 
-TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if folder.name == "tests")
+
+@pytest.fixture
+def setting(engines, monkeypatch, tmp_path):
+    """A setting whose lab only notes what it is told."""
+    done = []
+
+    class Guests:
+        def __init__(self, lab):
+            pass
+
+        def deploy(self, guests, host):
+            done.append(f"deploy {'remote_ram' if guests[0].remote_ram else 'ordinary'} on {host}")
+
+        def destroy(self):
+            done.append("destroy")
+
+    def run(command, **_options):
+        done.append(f"install {command[-1]}")
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(engines.lab_guests, "Guests", Guests)
+    monkeypatch.setattr(engines.subprocess, "run", run)
+    made = engines.Setting(None, tmp_path)
+    made.done = done
+    return made
 
 
-@pytest.fixture(scope="module")
-def engines():
-    spec = importlib.util.spec_from_file_location("bench_engines", TESTS / "bench" / "engines.py")
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+def prepare(setting, engines, engine):
+    transport = engines.workloads.parts(engine)[1]
+    setting.prepare(engines.workloads.WORKLOADS["hot"].guest("qmp", bool(transport)), transport)
 
 
-def told(seq, rate, hist, uptime_ms=None, stall=10):
-    return {"seq": seq, "rate_mib_s": rate, "stall_hist": hist, "uptime_ms": seq * 1000 if uptime_ms is None else uptime_ms, "stall_max_us": stall}
+def test_the_guest_is_started_afresh_only_where_its_memory_has_to_be_elsewhere(engines, setting):
+    for engine in ("precopy", "userfault", "remote_ram:siw", "remote_ram:rxe", "remote_ram:rxe"):
+        prepare(setting, engines, engine)
+    assert setting.done == [
+        "deploy ordinary on hv1", "destroy", "install siw", "deploy remote_ram on hv1", "destroy", "install rxe", "deploy remote_ram on hv1",
+    ]  # fmt: skip
 
 
-def test_percentiles_are_upper_edges_of_buckets(engines):
-    assert engines.percentile([0, 98, 1, 0, 1], 0.5) == 2
-    assert engines.percentile([0, 98, 1, 0, 1], 0.99) == 4
-    assert engines.percentile([0, 98, 1, 0, 1], 1) == 16
-    assert engines.percentile([], 0.5) is None
+def test_a_transport_that_is_there_is_not_put_there_again(engines, setting):
+    for engine in ("remote_ram:siw", "userfault", "remote_ram:siw"):
+        prepare(setting, engines, engine)
+    assert [each for each in setting.done if each.startswith("install")] == ["install siw"]
 
 
-def test_only_stalls_of_the_move_count(engines):
-    before = [told(n, 6, [100 * n]) for n in range(1, engines.REPORTS + 1)] + [told(9, 6, [900])]
-    after = [told(10, 6, [900, 0, 0, 7], stall=6000)]
-    seen = engines.measure(before, after, 0)
-    assert (seen["stall_p99_us"], seen["stall_max_us"]) == (8, 6000)
+def test_all_engines_move_the_same_guest_but_for_where_its_memory_is(engines):
+    for load in engines.workloads.WORKLOADS.values():
+        ordinary, remote = load.guest("qmp", False), load.guest("qmp", True)
+        assert (ordinary.name, ordinary.memory_mib, ordinary.append) == (remote.name, remote.memory_mib, remote.append)
+        assert "/run/remote_ram/bench-qmp.ram" in remote.conf(None)
+        assert "remote_ram" not in ordinary.conf(None)
+        assert load.working_set_mib < load.memory_mib
 
 
-def test_degraded_until_nine_tenths_of_the_earlier_rate_and_the_pause_counts(engines):
-    before = [told(n, 6, [n]) for n in range(1, engines.REPORTS + 2)]
-    after = [told(10, 1, [10]), told(11, 5.3, [11]), told(12, 5.4, [12])]
-    assert engines.measure(before, after, 250)["degraded_ms"] == 3250
-    assert engines.measure(before, after[:2], 250)["degraded_ms"] is None
+def test_every_engine_has_the_same_limits(engines):
+    options = engines.workloads.ENGINES
+    assert {each["max_downtime"] for each in options.values()} == {engines.workloads.MAX_DOWNTIME_MS}
+    assert len({each["precopy_timeout"] for each in options.values() if "precopy_timeout" in each}) == 1
 
 
-def test_medians_are_of_one_engine_driver_and_workload(engines):
-    row = {"engine": "precopy", "transport": None, "driver": "qmp", "workload": "w", **dict.fromkeys(engines.MEDIANS, 5), "corrupt": 0}
-    rows = [row, {**row, "downtime_ms": 9}, {**row, "downtime_ms": 7, "degraded_ms": None}, {**row, "driver": "libvirt", "corrupt": 2}]
-    qmp, libvirt = engines.medians(rows)
-    assert (qmp["runs"], qmp["downtime_ms"], qmp["degraded_ms"], qmp["corrupt"]) == (3, 7, 5, 0)
-    assert (libvirt["runs"], libvirt["corrupt"]) == (1, 2)
+def test_six_vms_fit_on_a_host(engines):
+    remote, ordinary = engines.workloads.six(True), engines.workloads.six(False)
+    assert len({guest.name for guest in remote}) == len({guest.uuid for guest in remote}) == 6
+    assert [guest.append for guest in remote] == [guest.append for guest in ordinary]
+    # Of the 2 GiB that the module's file system may hold in the lab.
+    assert sum(guest.memory_mib for guest in remote) < 2048
+
+
+def test_a_short_run_leaves_the_eviction_out(engines):
+    assert engines.arguments(["--workloads", "hot"]).figures == ["engines"]
+    assert engines.arguments([]).figures == ["engines", "eviction"]
+    assert engines.arguments(["--figures", "eviction"]).figures == ["eviction"]
+
+
+def test_what_was_found_is_on_disk_after_each_row(engines, row, tmp_path):
+    results = engines.Results(tmp_path / "engines.json", "tcg")
+    results.add("rows", row())
+    results.add("rows", row("remote_ram", "siw"))
+    assert '"met": true' in (tmp_path / "engines.json").read_text()
+    assert "remote_ram, siw" in (tmp_path / "engines.html").read_text()
+    assert not results.wrong()
+    results.add("rows", row(corrupt=1))
+    assert results.wrong()
