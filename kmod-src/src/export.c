@@ -474,11 +474,7 @@ static bool rram_precopy_step(struct rram_session *s)
 				continue;
 			}
 			src->pass_hot = false;
-			/* A whole round without a page: look again later. */
-			if (!src->found)
-				return false;
-			src->found = 0;
-			src->round++;
+			/* Also when nothing was found: what was under way has arrived. */
 			if (src->stop_pages &&
 			    bitmap_weight(f->dirty, f->npages) +
 			    (src->outstanding >> PAGE_SHIFT) <=
@@ -486,6 +482,11 @@ static bool rram_precopy_step(struct rram_session *s)
 				rram_precopy_stop(s);
 				return true;
 			}
+			/* A whole round without a page: look again later. */
+			if (!src->found)
+				return false;
+			src->found = 0;
+			src->round++;
 			continue;
 		}
 		/* All of its heat in the chunk, as far as max goes. */

@@ -194,6 +194,16 @@ def test_a_host_that_makes_huge_pages_of_everything_is_refused(ram):
     file.check()
 
 
+def test_pre_copy_ends_when_all_of_a_quiet_file_is_there(ram):
+    """Not at its bound, which is longer than any test may take."""
+    file = ram(2).connect()
+    file.precopy(3600000, stop=1)
+    assert file.src("stats")["pages_dirty"] <= 1
+    file.switch()
+    file.complete()
+    file.check()
+
+
 def test_a_bandwidth_limit_and_its_end(ram):
     file = ram(8).connect()
     file.src("precopy", ms=60000, bandwidth=64 << 10)
