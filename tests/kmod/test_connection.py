@@ -338,7 +338,7 @@ while time.time() < end:
 
 def test_rule_3_a_fault_that_waits_for_a_page_under_way_does_not_keep_a_session_from_its_end(ram):
     """Pages are copied ahead again while somebody touches them at the destination; then the line goes, and the destination gives up."""
-    file = ram(4).connect(dead_ms=60000, heartbeat_ms=1000)
+    file = ram(4).connect(dead_ms=20000, heartbeat_ms=1000)
     file.precopy(400)
     writer = file.run("w", threads=2)
     file.src("precopy", ms=20000)
