@@ -81,6 +81,7 @@ class ActionModule(ActionBase):
 
     def _run(self, task_vars):
         self.args = dict(self._task.args)
+        self.controller = os.getppid()
         self.vm = self.args.get("name") or self.args.get("vm")
         self.args.setdefault("source", self._task.delegate_to or task_vars.get("inventory_hostname"))
         if self.args.get("engine") == "remote_ram":
@@ -225,6 +226,7 @@ class ActionModule(ActionBase):
             if not told:
                 display.display(f"{self.vm} -> {name}: waits, {', '.join(answer['busy'])} on the way there")
                 told = True
+            self._check_controller()
             if self.args.get("evacuation"):
                 self._low_level_execute_command(self._sign_of_life())
             time.sleep(BUSY_POLL)
@@ -259,6 +261,12 @@ class ActionModule(ActionBase):
     def _sign_of_life(self) -> str:
         return f"touch -c {shlex.quote(str(self.args.get('state_dir') or '/var/lib/hecaton'))}/claim"
 
+    def _check_controller(self) -> None:
+        """Ends this process, a worker of its own, if the play that it belongs to was killed: nobody hears it, and its signs of life would keep
+        the next run from the job."""
+        if os.getppid() != self.controller:
+            raise AnsibleActionFail("what ran the play has ended; the migration goes on without it")
+
     def _watch(self, found: dict, task_vars: dict) -> dict:
         """Prints progress until the migration has ended, and returns its last record."""
         command = f"cat {shlex.quote(found['record_path'])}; echo; systemctl is-active {shlex.quote(found['unit'])} || true"
@@ -266,6 +274,7 @@ class ActionModule(ActionBase):
             command = f"{self._sign_of_life()}; {command}"
         lost_since, last, gone = None, "", False
         while True:
+            self._check_controller()
             try:
                 done = self._low_level_execute_command(command)
                 lost_since = None

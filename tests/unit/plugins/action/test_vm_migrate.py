@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from ansible.errors import AnsibleActionFail
 from ansible_collections.hecaton.fleet.plugins.action import vm_migrate
 from ansible_collections.hecaton.fleet.plugins.action.vm_migrate import ActionModule, progress_line
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Record
@@ -97,3 +98,17 @@ def test_a_vm_that_ended_at_the_destination_did_not_move(action):
 @pytest.mark.parametrize("arrival", [{**UNDER_WAY, "phase": "finished", "result": "moved"}, {**UNDER_WAY, "id": "2", "result": "failed"}])
 def test_a_vm_that_arrived_or_was_not_asked_about_has_moved(action, arrival):
     assert action._arrival(Destination(UNDER_WAY, arrival), MOVED) == MOVED
+
+
+def test_a_worker_whose_play_was_killed_gives_no_signs_of_life(action, monkeypatch):
+    """Ansible's workers outlive a kill of ansible-playbook; the next run waits for their signs of life to end."""
+    parents, told = [100, 100, 1], []
+    action.args, action.controller = {"source": "hv1", "evacuation": "hv1-1"}, 100
+    running = {"phase": "precopy", "result": None, "to": "hv2", "percent": None, "rate": None, "remaining": None, "eta_s": None}
+    monkeypatch.setattr(vm_migrate.os, "getppid", lambda: parents.pop(0))
+    monkeypatch.setattr(vm_migrate, "progress_line", lambda vm, destination, record: "on its way")
+    action._low_level_execute_command = lambda command: told.append(command) or {"stdout": json.dumps(running) + "\nactive"}
+    with pytest.raises(AnsibleActionFail, match="what ran the play has ended"):
+        action._watch({"record_path": "/r", "unit": "u"}, {})
+    assert len(told) == 2
+    assert all("touch -c /var/lib/hecaton/claim" in each for each in told)
