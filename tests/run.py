@@ -33,8 +33,7 @@ class Stage:
     timeout: int  # seconds
 
 
-# Long suites of their own, beside these: the scenarios faults, remote_ram_faults and rdma, test-kmod (not green whole yet, and 27
-# minutes), test-kmod-debug, test-pyverbs, bench.
+# Long suites of their own, beside these: the scenarios faults, remote_ram_faults and rdma, test-kmod-debug, test-pyverbs, bench.
 STAGES = (
     Stage("lint", ("lint",), 900),
     Stage("sanity", ("sanity",), 1800),
@@ -45,6 +44,7 @@ STAGES = (
     Stage("abort", ("molecule", "SCENARIO=abort"), 2400),
     Stage("refuse", ("molecule", "SCENARIO=refuse"), 2400),
     Stage("remote_ram", ("molecule", "SCENARIO=remote_ram"), 2400),
+    Stage("kmod", ("test-kmod",), 3600),
 )
 
 
