@@ -23,6 +23,9 @@ HARDWARE = {"mlx5_core": "mlx5_ib", "ice": "irdma", "i40e": "irdma", "cxgb4": "i
 #: What has to be agreed on both ends, by protocol.
 TRANSPORTS = {"iw": "iwarp", "roce": "roce", "ib": "infiniband"}
 
+#: What the drivers of soft devices refuse, which the kernel tells as an invalid argument or a missing permission only.
+UNSUITABLE = {("siw", "loopback"), ("rxe", "vlan")}
+
 #: Objects that say that somebody uses a device, as ``rdma resource show`` names them.
 IN_USE = ("qp", "cm_id", "mr", "ctx")
 
@@ -86,15 +89,18 @@ def same_link(found: list, name: str, kind: str, netdev: str) -> bool:
     return False
 
 
-def netdev_problem(netdev: str, interfaces: dict) -> RdmaError | None:
-    """Why a device can't be made on a network interface.
+def netdev_problem(netdev: str, interfaces: dict, kind: str | None = None) -> RdmaError | None:
+    """Why a device can't be on a network interface.
 
-    :param interfaces: ``{name: {up, mtu}}`` of the host.
+    :param interfaces: ``{name: {up, mtu, driver, type}}`` of the host.
+    :param kind: ``siw`` or ``rxe``, which can't be on interfaces of every type; None for any device.
     """
     if netdev not in interfaces:
         return RdmaError(f"there is no network interface {netdev} on this host; it has {', '.join(sorted(interfaces))}", "no_netdev")
     if not interfaces[netdev]["up"]:
         return RdmaError(f"the network interface {netdev} is down; bring it up first (ip link set {netdev} up)", "netdev_down")
+    if (kind, interfaces[netdev].get("type")) in UNSUITABLE:
+        return RdmaError(f"{netdev} is a {interfaces[netdev]['type']} interface, and {kind} can't be on one; take another interface or type", "unsuitable")
     return None
 
 
@@ -174,7 +180,8 @@ def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
     :param stage: how far it came: ``address``, ``route``, ``connect``, ``hello``, ``read``.
     :param error: what the RDMA library said.
     :param seen: ``peer``, ``port``, ``local`` (this host's address towards the peer), ``netdev``, ``devices`` (those on ``netdev``),
-        ``ping`` (whether the peer answers), ``big_ping`` (also to packets of the interface's size) and ``mtu``.
+        ``ping`` (whether the peer answers, None when that can't be asked), ``big_ping`` (also to packets of the interface's size)
+        and ``mtu``.
     """
     peer = seen["peer"]
     if stage in ("address", "route"):
@@ -183,17 +190,19 @@ def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
                 f"{seen['local']}, the address towards {peer}, is on {seen['netdev'] or 'no interface that is known'}, which has no RDMA device; "
                 f"make one with hecaton.fleet.rdma_link", "no_device")
         if not seen.get("ping"):
-            return RdmaError(f"{peer} does not answer on the network ({error}); check that it is up and that {seen['netdev']} leads to it", "no_route")
+            what = f"{peer} does not answer on the network ({error})" if seen.get("ping") is False else f"{peer} was not found ({error})"
+            return RdmaError(f"{what}; check that it is up and that {seen['netdev']} leads to it", "no_route")
         return RdmaError(
             f"{', '.join(seen['devices'])} can't reach {peer} ({error}); a GID of the device has to stand for {seen['local']}: "
             f"see hecaton.fleet.rdma_info", "gid_mismatch")
     if stage == "connect":
         if "refused" in error.lower() or "rejected" in error.lower():
             return RdmaError(f"{peer} refuses connections to port {seen['port']} ({error}): nothing listens there with the same transport", "refused")
-        if not seen.get("ping"):
+        if seen.get("ping") is False:
             return RdmaError(f"{peer} does not answer on the network ({error})", "no_route")
+        ping = f"{peer} answers to ping" if seen.get("ping") else f"without ping on this host, it is not known whether {peer} answers"
         return RdmaError(
-            f"{peer} answers to ping but no RDMA connection to port {seen['port']} comes about ({error}): a firewall drops it (iWARP is TCP to that "
+            f"{ping}, and no RDMA connection to port {seen['port']} comes about ({error}): a firewall drops it (iWARP is TCP to that "
             f"port, RoCE is UDP to port 4791), or the two hosts have different transports", "firewall")
     if stage in ("hello", "read") and seen.get("ping") and seen.get("big_ping") is False:
         return RdmaError(

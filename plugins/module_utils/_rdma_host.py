@@ -15,6 +15,8 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._rdma import RdmaErr
 
 INFINIBAND = "/sys/class/infiniband"
 NET = "/sys/class/net"
+#: Where the connection manager's settings for a device are.
+SETTINGS = "/sys/kernel/config/rdma_cm"
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -67,15 +69,17 @@ def resources() -> dict:
 
 
 def interfaces() -> dict:
-    """Network interfaces of this host, ``{name: {up, mtu, driver}}``."""
+    """Network interfaces of this host, ``{name: {up, mtu, driver, type}}``; the type is ``loopback``, ``vlan``, another or None."""
     found = {}
     for name in os.listdir(NET):
         flags = read_text(os.path.join(NET, name, "flags"))
         if flags:
             driver = os.path.join(NET, name, "device", "driver")
+            kinds = [line.split("=", 1)[1] for line in read_text(os.path.join(NET, name, "uevent")).splitlines() if line.startswith("DEVTYPE=")]
             found[name] = {
                 "up": bool(int(flags, 16) & 1), "mtu": int(read_text(os.path.join(NET, name, "mtu")) or 0),
                 "driver": os.path.basename(os.path.realpath(driver)) if os.path.exists(driver) else None,
+                "type": "loopback" if int(flags, 16) & 8 else kinds[0] if kinds else None,
             }  # fmt: skip
     return found
 
@@ -92,6 +96,15 @@ def siw_source(kernel: str) -> str | None:
     """The distribution's archive with the source of a kernel's series, None when it isn't installed."""
     found = sorted(glob.glob(f"/usr/src/linux-source-{_rdma.series(kernel)}.tar.*"))
     return found[0] if found else None
+
+
+def remove(name: str) -> None:
+    """Removes a soft device, and what the connection manager was told about it, which would stay."""
+    run("rdma", "link", "delete", name)
+    try:
+        os.rmdir(os.path.join(SETTINGS, name))
+    except OSError:
+        pass  # it was told nothing
 
 
 def load(kind: str) -> None:

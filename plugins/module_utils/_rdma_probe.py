@@ -63,7 +63,7 @@ class Connection:
     def parameters(self):
         from pyverbs.cmid import ConnParam
 
-        return ConnParam(resources=self.served, depth=self.read_depth, retry=5, rnr_retry=5)
+        return ConnParam(resources=self.served, depth=self.read_depth, retry=7, rnr_retry=5)
 
     def expect(self) -> None:
         """Makes room for one message."""

@@ -225,8 +225,9 @@ class KmodBuild:
                     builder.remove()
             if recorded:
                 os.unlink(self.record_path)
-                if not os.listdir(RECORDS):
-                    os.rmdir(RECORDS)
+                for folder in (RECORDS, os.path.dirname(RECORDS)):
+                    if not os.listdir(folder):
+                        os.rmdir(folder)
         return {"changed": bool(before) or recorded, "diff": {"before": "".join(f"{line}\n" for line in before), "after": ""}}
 
     # ---- state: present

@@ -36,6 +36,7 @@ options:
   transport:
     description:
       - Return RV(choice), the transport that O(netdev) can take. V(hw) is a network card with RDMA, V(siw) soft-iWARP, V(rxe) soft-RoCE.
+      - O(netdev) has to be up.
       - V(auto) takes the first of these that the host can do. siw counts also when it can be built from the distribution's source.
     type: str
     choices: [auto, hw, siw, rxe]
@@ -181,6 +182,11 @@ memlock_bytes:
   returned: success
   type: int
   sample: null
+reason:
+  description: Why it failed, as a word, such as V(no_netdev), V(netdev_down), V(no_transport) or V(not_installed).
+  returned: failure
+  type: str
+  sample: no_transport
 """
 
 import os
@@ -204,8 +210,10 @@ class RdmaInfo:
         kernel = os.uname().release
         result = {"changed": False, "kernel": kernel, "drivers": drivers, "memlock_bytes": None if limit == resource.RLIM_INFINITY else limit}
         if netdev:
-            if netdev not in interfaces:
-                raise _rdma.netdev_problem(netdev, interfaces)
+            problem = _rdma.netdev_problem(netdev, interfaces)
+            # One that is down can be looked at, and can take no transport.
+            if problem and (netdev not in interfaces or self.params["transport"]):
+                raise problem
             result["hardware_module"] = _rdma.HARDWARE.get(interfaces[netdev]["driver"])
             if self.params["transport"]:
                 result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel)

@@ -28,7 +28,9 @@ attributes:
     support: full
 options:
   netdev:
-    description: Network interface that carries the device. It has to be up. Required if O(state=present).
+    description:
+      - Network interface that carries the device. It has to be up. Required if O(state=present).
+      - V(siw) can't be on the loopback interface, and V(rxe) not on a VLAN.
     type: str
   type:
     description: What kind of device. Required if O(state=present).
@@ -76,7 +78,8 @@ device:
   sample: {"name": "siw_mig0", "driver": "siw", "soft": true, "transport": "iwarp", "node_guid": "5054:00ff:fe77:0111", "firmware": null,
     "ports": [{"port": 1, "state": "ACTIVE", "physical_state": "LINK_UP", "netdev": "mig0"}]}
 reason:
-  description: Why it failed, as a word, such as V(no_netdev), V(netdev_down), V(name_clash), V(exists), V(no_driver) or V(in_use).
+  description: Why it failed, as a word, such as V(no_netdev), V(netdev_down), V(unsuitable), V(name_clash), V(exists),
+    V(no_driver), V(in_use) or V(hardware).
   returned: failure
   type: str
   sample: netdev_down
@@ -111,7 +114,7 @@ class RdmaLink:
     def present(self) -> bool:
         if _rdma.same_link(_rdma_host.devices(), self.name, self.kind, self.netdev):
             return False
-        problem = _rdma.netdev_problem(self.netdev, _rdma_host.interfaces())
+        problem = _rdma.netdev_problem(self.netdev, _rdma_host.interfaces(), self.kind)
         if problem:
             raise problem
         if self.module.check_mode:
@@ -131,7 +134,7 @@ class RdmaLink:
         if users and not self.params["force"]:
             raise RdmaError(f"{self.name} is in use: {', '.join(users)}; end what uses it, or set force to cut its connections", "in_use")
         if not self.module.check_mode:
-            _rdma_host.run("rdma", "link", "delete", self.name)
+            _rdma_host.remove(self.name)
         return True
 
 

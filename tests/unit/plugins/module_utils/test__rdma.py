@@ -53,6 +53,15 @@ def test_interfaces_that_are_missing_or_down():
     assert _rdma.netdev_problem("lo", interfaces) is None
 
 
+@pytest.mark.parametrize(("kind", "type_", "reason"), [
+    ("siw", "loopback", "unsuitable"), ("rxe", "vlan", "unsuitable"), ("rxe", "loopback", None), ("siw", "vlan", None), (None, "vlan", None),
+    ("siw", None, None),
+])  # fmt: skip
+def test_interfaces_that_a_soft_device_cannot_be_on(kind, type_, reason):
+    found = _rdma.netdev_problem("x", {"x": {"up": True, "mtu": 1500, "type": type_}}, kind)
+    assert (found and found.reason) == reason
+
+
 def test_who_uses_a_device():
     resources = {
         "qp": [
@@ -105,6 +114,8 @@ SEEN = {"peer": "10.0.0.2", "port": 7475, "local": "10.0.0.1", "netdev": "mig0",
     ("connect", "RDMA_CM_EVENT_REJECTED", {}, "refused"),
     ("connect", "not done in 60 s", {"ping": False}, "no_route"),
     ("connect", "not done in 60 s", {}, "firewall"),
+    ("connect", "not done in 60 s", {"ping": None}, "firewall"),
+    ("address", "timed out", {"ping": None}, "no_route"),
     ("read", "transport retry counter exceeded", {"big_ping": False}, "mtu_mismatch"),
     ("hello", "nothing came in 15 s", {"big_ping": False}, "mtu_mismatch"),
     ("read", "transport retry counter exceeded", {}, "broken"),
@@ -112,6 +123,12 @@ SEEN = {"peer": "10.0.0.2", "port": 7475, "local": "10.0.0.1", "netdev": "mig0",
 ])  # fmt: skip
 def test_a_failure_is_told_by_its_cause(stage, error, seen, reason):
     assert _rdma.diagnose(stage, error, {**SEEN, **seen}).reason == reason
+
+
+@pytest.mark.parametrize("stage", ["address", "connect"])
+def test_where_there_is_no_ping_nothing_is_said_about_its_answer(stage):
+    said = str(_rdma.diagnose(stage, "timed out", {**SEEN, "ping": None}))
+    assert "does not answer" not in said and "answers to ping," not in said
 
 
 END = {"transport": "iwarp", "mtu": 9000, "read_depth": 16, "netdev": "mig0", "device": "siw_mig0"}
