@@ -141,13 +141,14 @@ def secure_boot() -> bool:
         return False
 
 
-def check(path: str, kernel: str, name: str) -> dict:
+def check(path: str, kernel: str, name: str, beside: list | tuple = ()) -> dict:
     """Compares what a module was built with and what a kernel has.
 
     What the running kernel's own symbols are can't be asked. Modules that came with the kernel, and those that it has loaded,
     were accepted by it, though: what they were built with, and what they export, is what the kernel has. That also finds a
     driver that another package replaced, such as one of OFED.
 
+    :param beside: files of modules that were built together with it, which it may depend on and which are not installed yet.
     :returns: ``vermagic``, ``symbols`` (how many were compared with the headers) and ``confirmed`` (with installed modules).
     :raises KmodError: it does not fit and must not be loaded.
     """
@@ -157,7 +158,10 @@ def check(path: str, kernel: str, name: str) -> dict:
     known, kernel_vermagic = _installed(kernel, set(wanted), info(path, "depends").split(","))
     if kernel_vermagic is None:
         raise KmodError(f"kernel {kernel} has no modules of its own in {MODULES}/{kernel}, so nothing can be compared with them")
-    problems = _kmod.misfits(name, vermagic, kernel_vermagic, wanted, promised, known)
+    exported: dict = {}
+    for other in beside:
+        exported.update(_kmod.parse_versions(run("modprobe", "--show-exports", other, check=False).stdout))
+    problems = _kmod.misfits(name, vermagic, kernel_vermagic, wanted, promised, {**known, **exported})
     if problems:
         raise KmodError(f"{path} does not fit kernel {kernel} and must not be loaded: {'; '.join(problems)}")
     return {"vermagic": vermagic, "symbols": len(set(wanted) & set(promised)), "confirmed": len(set(wanted) & set(known))}

@@ -264,7 +264,7 @@ class KmodBuild:
     def build(self, builder: _kmod_build.Builder, files: dict, source: str) -> list[dict]:
         try:
             built = builder.build(files, source, self.kernel)
-            checks = {name: _kmod_host.check(path, self.kernel, name) for name, path in built.items()}
+            checks = {name: _kmod_host.check(path, self.kernel, name, [built[other] for other in built if other != name]) for name, path in built.items()}
         except BaseException:
             # What was in place before stays in place.
             builder.forget(source, self.kernel)

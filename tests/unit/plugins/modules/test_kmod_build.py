@@ -23,7 +23,7 @@ TOOLS = {
 for word; do case $word in M=*) cd "${word#M=}" ;; esac; done
 echo "  CC [M]  example.o"
 if grep -q broken example.c; then echo "example.c:1: error: broken" >&2; exit 2; fi
-cp example.c example.ko; echo build >> "$PLAY/log"
+cp example.c example.ko; if test -e user.c; then cp user.c user.ko; fi; echo build >> "$PLAY/log"
 """,
     "strip": "exit 0",
     "depmod": "exit 0",
@@ -32,6 +32,10 @@ test "$2" != filename || exit 1
 case "$2" in vermagic) grep -q other "$3" && echo "6.12.0-other SMP modversions" || echo "6.12.1-test SMP modversions" ;; esac
 """,
     "modprobe": """
+case "$1 $2" in
+"--show-exports "*/example.ko) printf '0x09\\texample_symbol\\n'; exit 0 ;;
+"--dump-modversions "*/user.ko) printf '0x09\\texample_symbol\\n' ;;
+esac
 case "$2" in */updates/*|*/example.ko) grep -q stale "$2" && printf '0x02\\tkfree\\n' || printf '0x01\\tkfree\\n' ;; *) printf '0x01\\tkfree\\n' ;; esac
 """,
 }
@@ -120,6 +124,12 @@ def test_it_builds_again_when_something_is_another(run, host, what):
     result = run(make_args=["A=m"] if what == "arguments" else [])
     assert result["changed"] and builds(host) == 2
     assert not run(make_args=["A=m"] if what == "arguments" else [])["changed"]
+
+
+def test_modules_of_one_source_may_need_each_other(run, host):
+    (host / "source" / "user.c").write_text("uses example\n")
+    result = run(modules=["example", "user"])
+    assert result["changed"] and [module["name"] for module in result["modules"]] == ["example", "user"]
 
 
 def test_check_mode_builds_nothing_and_shows_what_would_change(run, host):
