@@ -4,6 +4,10 @@
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 
+#ifdef BROKEN
+#error "broken, as a test asks for"
+#endif
+
 static int window = 32;
 module_param(window, int, 0444);
 MODULE_PARM_DESC(window, "can be set when it is loaded only");

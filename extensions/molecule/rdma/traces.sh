@@ -7,6 +7,7 @@ ls /usr/src
 find /etc /usr/local /var/lib/dkms /var/lib/hecaton /lib/modules/*/updates -mindepth 1 \
 	! -name '*.bak' ! -name 'mok.*' ! -path '/etc/udev/hwdb.bin' ! -path '/var/lib/dkms/dkms_dbversion' 2>/dev/null | sort
 systemctl list-unit-files --no-legend 'hecaton-*' 'run-remote*' 'wg-quick@*' | awk '{print $1}'
-rdma -j link | tr ',' '\n' | grep ifname
-ip -o link | awk -F': ' '{print $2}'
+rdma -j link 2>/dev/null | tr ',' '\n' | grep ifname
+ls /sys/kernel/config/rdma_cm 2>/dev/null
+ip -o link | awk -F': ' '{print $2}' | sort
 lsmod | awk '$1 ~ /^(siw|rdma_rxe|remote_ram|hecaton_test|hecaton_user)$/ {print $1}'
