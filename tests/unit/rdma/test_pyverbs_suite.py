@@ -5,8 +5,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pathlib
+import subprocess
 import sys
+
+import pytest
 
 TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if folder.name == "tests")
 
@@ -20,15 +24,53 @@ test_old_style (tests.test_mr.MRTest) ... ERROR
 """
 
 
-def test_every_result_is_read_however_it_is_printed():
+@pytest.fixture(scope="module")
+def suite():
     before = list(sys.path)
     spec = importlib.util.spec_from_file_location("pyverbs_suite", TESTS / "rdma" / "pyverbs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path[:] = before
-    assert module.results(SAID) == {
+    return module
+
+
+def test_every_result_is_read_however_it_is_printed(suite):
+    assert suite.results(SAID) == {
         "test_addr.AHTest.test_create_ah": "ok",
         "test_device.DMTest.test_dm_bad": "skipped 'No DM support'",
         "test_mr.MRTest.test_noisy": "FAIL",
         "test_mr.MRTest.test_old_style": "ERROR",
     }
+
+
+class Host:
+    """A lab host whose files of tests end in different ways."""
+
+    said = {
+        "test_addr": (1, SAID + "\nRan 4 tests in 1.0s\n"),
+        "test_mr": (124, "test_hangs (tests.test_mr.MRTest.test_hangs) ... "),
+        "test_pd": (0, "test_pd (tests.test_pd.PDTest.test_pd) ... ok\n\nRan 1 test in 0.1s\n"),
+    }
+
+    def __init__(self):
+        self.ran = []
+
+    def ssh(self, host, command, **how):
+        if "infiniband" in command:
+            return subprocess.CompletedProcess(command, 0, "siw_mig0\n", "")
+        name = command.split("-v tests.")[1].split()[0]
+        self.ran.append(name)
+        return subprocess.CompletedProcess(command, *self.said[name])
+
+
+def test_a_file_that_hangs_does_not_take_the_others_with_it(suite, tmp_path, monkeypatch):
+    (tmp_path / "pyverbs.json").write_text(json.dumps({"siw": {"test_odp": "stops the host", "test_mr.MRTest.test_noisy": "is noisy", "test_pd.PDTest.test_pd": ""}}))
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    monkeypatch.setattr(suite, "OUT", tmp_path)
+    monkeypatch.setattr(suite.playbook, "run", lambda *args: 0)
+    host = Host()
+    wrong = suite.run(host, "siw", ["test_addr", "test_mr", "test_odp", "test_pd"])
+    assert host.ran == ["test_addr", "test_mr", "test_pd"]
+    assert "test_mr did not come to its end (status 124)" in wrong[0]
+    assert wrong[1:] == ["siw: test_mr.MRTest.test_old_style ended with ERROR", "siw: test_pd.PDTest.test_pd passes; take it off the list"]
+    assert len(json.loads((tmp_path / "pyverbs-siw.json").read_text())) == 5
