@@ -1,0 +1,85 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The module rdma_info on a host that is made up."""
+
+from __future__ import annotations
+
+import builtins
+
+import pytest
+from ansible.module_utils import basic
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.hecaton.fleet.plugins.module_utils import _rdma_host
+from ansible_collections.hecaton.fleet.plugins.modules import rdma_info
+
+PORT = {"port": 1, "state": "ACTIVE", "physical_state": "LINK_UP"}
+LIMITS = {"read_depth": 128, "sge_read": 1}
+
+
+def device(name, driver, netdev, soft=True):
+    return {"name": name, "driver": driver, "soft": soft, "transport": "iwarp", "node_guid": "0", "firmware": None, "ports": [{**PORT, "netdev": netdev}]}
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the module and returns its result; what fails has ``failed`` set."""
+
+    def ends(failed):
+        def end(self, **result):
+            raise Ended({**result, "failed": failed})
+
+        return end
+
+    interfaces = {"mig0": {"up": True, "mtu": 9000, "driver": "virtio_net", "type": None}, "ens1": {"up": False, "mtu": 1500, "driver": "mlx5_core", "type": None}}
+    monkeypatch.setattr(_rdma_host, "interfaces", lambda: interfaces)
+    monkeypatch.setattr(_rdma_host, "devices", lambda: [device("siw_mig0", "siw", "mig0"), device("mlx5_0", "mlx5_core", "ens1", soft=False)])
+    monkeypatch.setattr(_rdma_host, "driver_state", lambda kind: "loaded")
+    monkeypatch.setattr(_rdma_host, "siw_source", lambda kernel: None)
+    monkeypatch.setattr(basic.AnsibleModule, "exit_json", ends(False))
+    monkeypatch.setattr(basic.AnsibleModule, "fail_json", ends(True))
+
+    def run(**args):
+        with patch_module_args(args), pytest.raises(Ended) as raised:
+            rdma_info.main()
+        return raised.value.args[0]
+
+    return run
+
+
+def test_devices_have_the_mtu_of_their_interface_and_what_the_verbs_say(run, monkeypatch):
+    monkeypatch.setattr(_rdma_host, "verbs", lambda name, ports: {"limits": LIMITS, "ports": {1: {"mtu": 4096, "max_mtu": 4096, "gids": []}}})
+    siw, mlx = run()["devices"]
+    assert siw["ports"] == [{**PORT, "netdev": "mig0", "netdev_mtu": 9000, "mtu": 4096, "max_mtu": 4096, "gids": []}]
+    assert siw["limits"] == {**LIMITS, "memory_region_pages": 256}
+    assert mlx["limits"]["memory_region_pages"] is None
+
+
+def test_an_interface_that_is_down_can_be_looked_at_and_takes_no_transport(run):
+    looked = run(netdev="ens1", limits=False)
+    assert not looked["failed"] and looked["hardware_module"] == "mlx5_ib" and [each["name"] for each in looked["devices"]] == ["mlx5_0"]
+    refused = run(netdev="ens1", transport="auto", limits=False)
+    assert refused["reason"] == "netdev_down" and "ip link set ens1 up" in refused["msg"]
+    assert run(netdev="mig0", transport="auto", limits=False)["choice"]["transport"] == "siw"
+
+
+@pytest.mark.parametrize(("args", "reason"), [({"netdev": "eth9"}, "no_netdev"), ({"netdev": "mig0", "transport": "hw", "limits": False}, "no_transport")])
+def test_what_is_not_there_is_told_with_its_reason(run, args, reason):
+    result = run(**args)
+    assert result["failed"] and result["reason"] == reason
+
+
+def test_a_missing_package_is_named(run, monkeypatch):
+    real = builtins.__import__
+
+    def without_pyverbs(name, *rest):
+        if name.startswith("pyverbs"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_pyverbs)
+    result = run()
+    assert result["reason"] == "not_installed" and "install the package python3-pyverbs" in result["msg"]
