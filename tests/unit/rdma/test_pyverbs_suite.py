@@ -64,7 +64,8 @@ class Host:
 
 
 def test_a_file_that_hangs_does_not_take_the_others_with_it(suite, tmp_path, monkeypatch):
-    (tmp_path / "pyverbs.json").write_text(json.dumps({"siw": {"test_odp": "stops the host", "test_mr.MRTest.test_noisy": "is noisy", "test_pd.PDTest.test_pd": ""}}))
+    known = {"test_odp": "stops the host", "test_mr.MRTest.test_noisy": "is noisy", "test_pd.PDTest.test_pd": "is slow"}
+    (tmp_path / "pyverbs.json").write_text(json.dumps({"siw": known}))
     monkeypatch.setattr(suite, "HERE", tmp_path)
     monkeypatch.setattr(suite, "OUT", tmp_path)
     monkeypatch.setattr(suite.playbook, "run", lambda *args: 0)

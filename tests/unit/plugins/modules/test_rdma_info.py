@@ -34,7 +34,10 @@ def run(monkeypatch):
 
         return end
 
-    interfaces = {"mig0": {"up": True, "mtu": 9000, "driver": "virtio_net", "type": None}, "ens1": {"up": False, "mtu": 1500, "driver": "mlx5_core", "type": None}}
+    interfaces = {
+        "mig0": {"up": True, "mtu": 9000, "driver": "virtio_net", "type": None},
+        "ens1": {"up": False, "mtu": 1500, "driver": "mlx5_core", "type": None},
+    }
     monkeypatch.setattr(_rdma_host, "interfaces", lambda: interfaces)
     monkeypatch.setattr(_rdma_host, "devices", lambda: [device("siw_mig0", "siw", "mig0"), device("mlx5_0", "mlx5_core", "ens1", soft=False)])
     monkeypatch.setattr(_rdma_host, "driver_state", lambda kind: "loaded")
