@@ -138,9 +138,9 @@ def _strip(name: str, colour: str, values: list, most: float, figure: str) -> st
     """One engine: a dot for each run, and a bar to the median."""
     middle = statistics.median(values)
     dots = "".join(f'<circle class="{colour}" cx="{_percent(value, most)}" cy="50%" r="4"><title>{shown(figure, value)}</title></circle>' for value in values)
-    bar = f'<rect class="{colour} pale" y="20%" height="60%" width="{_percent(middle, most)}"/>'
+    column = f'<rect class="{colour} pale" y="20%" height="60%" width="{_percent(middle, most)}"/>'
     return (f'<div class="row"><span>{_text(name)}</span><svg width="100%" height="22" role="img" aria-label="{_text(name)}: {shown(figure, middle)}">'
-            f"{bar}{dots}</svg><span>{shown(figure, middle)}</span></div>")  # fmt: skip
+            f"{column}{dots}</svg><span>{shown(figure, middle)}</span></div>")  # fmt: skip
 
 
 def _percent(value: float, most: float) -> str:
@@ -238,7 +238,7 @@ class _Scale:
     def y(self, requests: float) -> float:
         return BOTTOM - (BOTTOM - TOP) * requests / self.most
 
-    def bar(self, ms: float) -> float:
+    def right(self, ms: float) -> float:
         return BARS + (EDGE - BARS) * (min(max(math.log10(ms), self.low), self.high) - self.low) / (self.high - self.low) if ms else BARS
 
     def ticks(self, count: int = 6) -> list:
@@ -272,8 +272,8 @@ def _picture(rows: list, scale: _Scale) -> str:
         y = TOP + 10 + number * 44
         parts.append(f'<text x="{BARS - 8}" y="{y + 19}" class="end">{label}</text>')
         if value is not None:
-            parts.append(f'<rect class="{colour}" x="{BARS}" y="{y}" width="{max(scale.bar(value) - BARS, 1):.1f}" height="28" rx="2"/>')
-            parts.append(f'<text x="{scale.bar(value) + 6:.1f}" y="{y + 19}">{shown("_ms", value)}</text>')
+            parts.append(f'<rect class="{colour}" x="{BARS}" y="{y}" width="{max(scale.right(value) - BARS, 1):.1f}" height="28" rx="2"/>')
+            parts.append(f'<text x="{scale.right(value) + 6:.1f}" y="{y + 19}">{shown("_ms", value)}</text>')
     parts.append(f'<text x="{(BARS + EDGE) / 2}" y="{BOTTOM + 40}" class="mid">latency, on a scale of logarithms</text>')
     degraded = statistics.median([row["degraded_ms"] for row in rows if row["degraded_ms"] is not None] or [0])
     said = f"{title}: latency " + ", ".join(f"{label} {shown('_ms', value)}" for label, value in latencies) + f"; degraded {shown('_ms', degraded)}"

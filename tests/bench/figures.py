@@ -120,7 +120,7 @@ def until_again(result: dict, switched: float, downtime_ms: float, usual: float)
 
 
 def _since(after: list, before: list) -> list:
-    earlier = {edge: count for edge, count in before}
+    earlier = dict(before)
     return [[edge, count - earlier.get(edge, 0)] for edge, count in after if count > earlier.get(edge, 0)]
 
 

@@ -104,11 +104,14 @@ def valkey():
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
 
-    with Server(("127.0.0.1", 0), Valkey) as server:
-        server.data, server.set = {}, {}
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    server = Server(("127.0.0.1", 0), Valkey)
+    server.data, server.set = {}, {}
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
         yield server
+    finally:
         server.shutdown()
+        server.server_close()
 
 
 def test_the_client_of_the_database_works_around_the_move(watch, valkey, monkeypatch, tmp_path):

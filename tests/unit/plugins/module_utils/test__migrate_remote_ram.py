@@ -89,7 +89,7 @@ def world(monkeypatch, clock, tmp_path):
         def __init__(self, path, timeout=30.0):
             if not world.alive or world.silent:
                 raise QmpError(f"cannot reach QEMU at {path}", "ConnectionError")
-            self.execute = lambda *arguments: world.qmp(*arguments)
+            self.execute = world.qmp
 
         def close(self):
             pass
