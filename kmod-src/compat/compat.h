@@ -56,6 +56,16 @@ static inline void simple_inode_init_ts(struct inode *inode)
 }
 #endif
 
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 10, 0)
+/* Not for modules; a large folio counts as not mapped, which is on the safe side. */
+static inline int rram_folio_mapcount(struct folio *folio)
+{
+	return folio_test_large(folio) ? 0 : atomic_read(&folio->_mapcount) + 1;
+}
+#else
+#define rram_folio_mapcount(folio)	folio_mapcount(folio)
+#endif
+
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 15, 0)
 #define RRAM_MKDIR_RETURN	int
 #define RRAM_MKDIR_RESULT(err)	(err)

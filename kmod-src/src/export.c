@@ -8,8 +8,9 @@
  * key leads to stays what the page cache has - unless a hole was filled or a
  * page was punched out. Both set dirty bits, so each time a page is taken for
  * the destination it is compared with what is behind the key, and the chunk
- * gets a new key where they differ. The old key stays valid, and its pages
- * held, while the connection lasts: a READ by it may be on its way.
+ * gets a new key where they differ. The old key stays valid, and what is
+ * behind it held, while the connection lasts: a READ by it may be on its way.
+ * Pages that did not change are held once, for the newest key.
  */
 #include <linux/highmem.h>
 #include <linux/pagemap.h>
@@ -21,6 +22,8 @@
 #define RRAM_REGS_MAX		32	/* registrations under way */
 #define RRAM_KEYS_PER_MSG	16
 #define RRAM_RETIRED_SHARE	4	/* keys retired, for each chunk, at most */
+#define RRAM_REPLACED_SHARE	8	/* of the file: pages they may hold */
+#define RRAM_REPLACED_MIN	1024
 
 /**
  * struct rram_chunk - a registered chunk
@@ -32,7 +35,8 @@
  * @nr: number of pages
  * @ready: the registration was made
  * @stale: something behind the key has changed
- * @page: what is behind the key; the zero page for a hole
+ * @page: what is behind the key; the zero page for a hole; NULL once the key
+ *	that took over holds it
  * @dma: where the device sees it, or NULL if devices see it as we do
  * @wr: the work request that registers it
  */
@@ -73,6 +77,7 @@ enum rram_switch_step {
  * @chunk: those that are registered
  * @retired: keys that were replaced
  * @nr_retired: how many
+ * @nr_replaced: pages that they alone hold
  * @regs: registrations under way
  * @sg: room for mapping one chunk
  * @known: chunks whose key the destination has
@@ -109,6 +114,7 @@ struct rram_source {
 	struct rram_chunk **chunk;
 	struct list_head retired;
 	unsigned long nr_retired;
+	unsigned long nr_replaced;
 	atomic_t regs;
 	struct scatterlist *sg;
 	unsigned long *known;
@@ -185,6 +191,12 @@ static struct page *rram_page_at(struct rram_file *f, unsigned long index,
 		return *err ? NULL : ZERO_PAGE(0);
 	page = folio_file_page(folio, index);
 	folio_unlock(folio);
+	if (PageHWPoison(page)) {
+		/* To read it is a machine check. */
+		folio_put(folio);
+		*err = -EHWPOISON;
+		return NULL;
+	}
 	return page;		/* with the folio's reference */
 }
 
@@ -209,7 +221,9 @@ static int rram_register(struct rram_session *s, unsigned long index)
 		return 0;
 	/* After the switch each chunk is renewed once at most. */
 	if (old && src->swtch != RRAM_SWITCH_DONE &&
-	    src->nr_retired >= RRAM_RETIRED_SHARE * src->nr_chunks)
+	    (src->nr_retired >= RRAM_RETIRED_SHARE * src->nr_chunks ||
+	     src->nr_replaced >= max_t(unsigned long, RRAM_REPLACED_MIN,
+				       s->f->npages / RRAM_REPLACED_SHARE)))
 		return -ENOSPC;
 	c = kzalloc(sizeof(*c), GFP_KERNEL);
 	if (!c)
@@ -269,6 +283,15 @@ static int rram_register(struct rram_session *s, unsigned long index)
 	}
 	/* Not before: that the old one is stale has to be known until then. */
 	if (old) {
+		/* Freed in this order too: the old key goes before the page. */
+		for (i = 0; i < c->nr; i++) {
+			if (old->page[i] == c->page[i]) {
+				rram_put_page(old->page[i]);
+				old->page[i] = NULL;
+			} else if (old->page[i] != ZERO_PAGE(0)) {
+				src->nr_replaced++;
+			}
+		}
 		list_add_tail(&old->list, &src->retired);
 		src->nr_retired++;
 		atomic64_inc(&s->count.keys_retired);
@@ -280,6 +303,23 @@ static int rram_register(struct rram_session *s, unsigned long index)
 free:
 	rram_chunk_free(c);
 	return err;
+}
+
+/* Whether a key holds a reference to a page that is in the file. */
+bool rram_key_holds(struct rram_session *s, unsigned long index,
+		    struct page *page)
+{
+	struct rram_chunk *c = s->src->chunk[index >> RRAM_CHUNK_SHIFT];
+
+	return c && c->page[index % RRAM_CHUNK_PAGES] == page;
+}
+
+/* The device sees what was written since, where it doesn't look as we do. */
+static void rram_sync_page(struct rram_chunk *c, unsigned int i)
+{
+	if (c->dma)
+		ib_dma_sync_single_for_device(c->s->dev, c->dma[i], PAGE_SIZE,
+					      DMA_TO_DEVICE);
 }
 
 static void rram_put_key(struct rram_session *s, struct rram_wire_key *key,
@@ -324,6 +364,8 @@ static int rram_sort(struct rram_session *s, unsigned long first,
 			set_bit(i, zero);
 		if (c && c->page[i] != page)
 			c->stale = true;
+		else if (c)
+			rram_sync_page(c, i);
 		rram_put_page(page);
 	}
 	return 0;
@@ -401,7 +443,7 @@ static int rram_offer_chunk(struct rram_session *s, unsigned long first,
 
 	if (!o || !rram_can_send(s) || atomic_read(&src->regs) >= RRAM_REGS_MAX)
 		return -EAGAIN;
-	if (!rram_harvest(s->f, first, mask, o->taken))
+	if (!rram_harvest(s, first, mask, o->taken))
 		return 0;
 	/* The first round copies all, dirtied or not. */
 	if (src->round > 1)
@@ -659,6 +701,8 @@ static int rram_list_chunk(struct rram_session *s, void **at,
 				set_bit(i, zero);
 			if (c->page[i] != page)
 				c->stale = true;
+			else
+				rram_sync_page(c, i);
 			rram_put_page(page);
 		}
 		bitmap_andnot(map, map, zero, RRAM_CHUNK_PAGES);
@@ -1116,6 +1160,7 @@ void rram_source_unlinked(struct rram_session *s)
 		rram_chunk_free(c);
 	}
 	src->nr_retired = 0;
+	src->nr_replaced = 0;
 	for (i = 0; i < src->nr_chunks; i++) {
 		c = src->chunk[i];
 		if (c && !c->ready) {

@@ -80,6 +80,9 @@ void rram_wake_pages(struct rram_file *f)
 		wake_up_all(&f->wait[i]);
 }
 
+/* How long one waits in a kernel thread on behalf of somebody else. */
+#define RRAM_BEHALF	HZ
+
 /* How somebody waits for a page. */
 enum rram_patience {
 	RRAM_WAIT_KILLABLE,
@@ -87,9 +90,19 @@ enum rram_patience {
 };
 
 /*
+ * Whether we are a kernel thread that faults for somebody else, as KVM's
+ * asynchronous page faults do in a workqueue. Nobody can kill it, while a
+ * process that ends waits for it.
+ */
+static bool rram_on_behalf(void)
+{
+	return current->flags & PF_KTHREAD && !current->mm;
+}
+
+/*
  * Waits until a page is here, and sees to it that it comes. Returns 0,
  * -EINTR, -EHWPOISON (it will not come), -EIO (the session failed before the
- * switch) or -ENOMEM.
+ * switch), or why there is no room for it.
  */
 static int rram_await(struct rram_file *f, unsigned long index,
 		      enum rram_patience patience)
@@ -99,6 +112,7 @@ static int rram_await(struct rram_file *f, unsigned long index,
 						    TASK_INTERRUPTIBLE;
 	struct rram_session *s = rram_session_get(f);
 	ktime_t begun = ktime_get();
+	long left = rram_on_behalf() ? RRAM_BEHALF : MAX_SCHEDULE_TIMEOUT;
 	bool told = false;
 	u64 ns;
 	int err;
@@ -127,7 +141,7 @@ static int rram_await(struct rram_file *f, unsigned long index,
 			goto out;
 		}
 		err = rram_demand(s, index);
-		if (!err || err == -ENOMEM)
+		if (!err || rram_no_room(err))
 			goto out;
 		if (!told) {
 			told = true;
@@ -150,7 +164,11 @@ static int rram_await(struct rram_file *f, unsigned long index,
 			goto out;
 		}
 		/* Woken when the page comes, a key comes, or the state changes. */
-		wait_woken(&w.entry, mode, MAX_SCHEDULE_TIMEOUT);
+		left = wait_woken(&w.entry, mode, left);
+		if (!left) {
+			err = -EINTR;
+			goto out;
+		}
 	}
 out:
 	remove_wait_queue(rram_waitq(f, index), &w.entry);
@@ -207,6 +225,20 @@ static vm_fault_t rram_fault_missing(struct vm_fault *vmf, struct rram_file *f)
 		}
 		return VM_FAULT_RETRY;
 	}
+	if (flags & FAULT_FLAG_ALLOW_RETRY && flags & FAULT_FLAG_TRIED) {
+		/*
+		 * The last try may have ended without the page. If that is
+		 * for good it has to be said with the lock held, or this would
+		 * go on for ever. KVM faults again, in the guest's name.
+		 */
+		err = s && !rram_on_behalf() ? rram_demand(s, index) : 0;
+		if (rram_no_room(err) || rram_on_behalf()) {
+			if (s)
+				rram_session_put(s);
+			return rram_no_room(err) ? vmf_error(err) :
+						   VM_FAULT_SIGBUS;
+		}
+	}
 	if (flags & FAULT_FLAG_ALLOW_RETRY) {
 		/*
 		 * Wait without the lock. Once it is released neither vmf nor
@@ -237,7 +269,7 @@ static vm_fault_t rram_fault_missing(struct vm_fault *vmf, struct rram_file *f)
 	/* A lost page is handled where it is seen to be lost, with the lock. */
 	if (err == -EINTR)
 		return VM_FAULT_SIGBUS;
-	return err == -ENOMEM ? VM_FAULT_OOM : 0;
+	return rram_no_room(err) ? vmf_error(err) : 0;
 }
 
 /* The answer to a fault on a page that will never be here; 0 if it may. */
@@ -543,7 +575,8 @@ static long rram_punch_taken(struct rram_file *f, struct file *via, int mode,
 
 /* Punches whole pages while some may be missing, a chunk at a time. */
 static long rram_punch_pages(struct rram_file *f, struct file *via, int mode,
-			     unsigned long first, unsigned long end)
+			     enum rram_phase phase, unsigned long first,
+			     unsigned long end)
 {
 	unsigned long next;
 	bool ahead;
@@ -556,7 +589,11 @@ static long rram_punch_pages(struct rram_file *f, struct file *via, int mode,
 		ahead = READ_ONCE(f->phase) == RRAM_PHASE_AHEAD;
 		if (ahead)
 			down_read(&f->stale);
-		err = rram_punch_taken(f, via, mode, first, next - 1);
+		/* What was to be punched before the switch is not the VM's. */
+		if (phase == RRAM_PHASE_AHEAD && READ_ONCE(f->phase) != phase)
+			err = -EBUSY;
+		else
+			err = rram_punch_taken(f, via, mode, first, next - 1);
 		if (!err && READ_ONCE(f->tracking))
 			rram_track_write(f, first, next - first);
 		if (ahead)
@@ -575,12 +612,14 @@ static long rram_punch(struct rram_file *f, struct file *via, int mode,
 	unsigned long whole = DIV_ROUND_UP(offset, PAGE_SIZE);
 	unsigned long end = min_t(unsigned long, (offset + len) >> PAGE_SHIFT,
 				  f->npages);
+	enum rram_phase phase = READ_ONCE(f->phase);
+	loff_t head = (loff_t)whole << PAGE_SHIFT, tail = offset + len;
 	struct rram_session *s;
-	long err;
+	long err = 0;
 
 	if (READ_ONCE(f->frozen))
 		return -EBUSY;
-	if (READ_ONCE(f->phase) != RRAM_PHASE_PLAIN) {
+	if (phase != RRAM_PHASE_PLAIN) {
 		/* Parts of a page at either end keep the rest of it. */
 		if (!PAGE_ALIGNED(offset)) {
 			err = rram_fill(f, first, first);
@@ -593,7 +632,7 @@ static long rram_punch(struct rram_file *f, struct file *via, int mode,
 				return err;
 		}
 		if (whole < end) {
-			err = rram_punch_pages(f, via, mode, whole, end);
+			err = rram_punch_pages(f, via, mode, phase, whole, end);
 			if (err)
 				return err;
 		}
@@ -602,9 +641,19 @@ static long rram_punch(struct rram_file *f, struct file *via, int mode,
 			rram_poke(s);	/* it may have been the last page */
 			rram_session_put(s);
 		}
+		/* What came since into whole pages is not to be lost. */
+		if (phase == RRAM_PHASE_AHEAD && READ_ONCE(f->phase) != phase)
+			return -EBUSY;
+		if (offset < head)
+			err = rram_shmem_fops->fallocate(via, mode, offset,
+							 min(head, tail) - offset);
+		tail = round_down(tail, PAGE_SIZE);
+		if (!err && head <= tail && tail < offset + len)
+			err = rram_shmem_fops->fallocate(via, mode, tail,
+							 offset + len - tail);
+	} else {
+		err = rram_shmem_fops->fallocate(via, mode, offset, len);
 	}
-	/* What is left of it, or all of it. */
-	err = rram_shmem_fops->fallocate(via, mode, offset, len);
 	if (!err && READ_ONCE(f->tracking))
 		rram_track_write(f, first, last - first + 1);
 	return err;
@@ -667,6 +716,9 @@ static long rram_inner_fallocate(struct file *inner, int mode, loff_t offset,
 	return err;
 }
 
+/* It grows with the file, whose size a user chooses. */
+#define RRAM_GFP	(GFP_KERNEL_ACCOUNT | __GFP_NOWARN)
+
 int rram_file_bitmaps(struct rram_file *f)
 {
 	size_t longs = BITS_TO_LONGS(f->npages);
@@ -675,13 +727,13 @@ int rram_file_bitmaps(struct rram_file *f)
 	 * Kept until the file goes: a fault may look at them without a lock.
 	 */
 	if (!f->dirty)
-		f->dirty = kvcalloc(longs, sizeof(long), GFP_KERNEL);
+		f->dirty = kvcalloc(longs, sizeof(long), RRAM_GFP);
 	if (!f->missing)
-		f->missing = kvcalloc(longs, sizeof(long), GFP_KERNEL);
+		f->missing = kvcalloc(longs, sizeof(long), RRAM_GFP);
 	if (!f->inflight)
-		f->inflight = kvcalloc(longs, sizeof(long), GFP_KERNEL);
+		f->inflight = kvcalloc(longs, sizeof(long), RRAM_GFP);
 	if (!f->heat)
-		f->heat = kvzalloc(f->npages, GFP_KERNEL);
+		f->heat = kvzalloc(f->npages, RRAM_GFP);
 	return f->dirty && f->missing && f->inflight && f->heat ? 0 : -ENOMEM;
 }
 

@@ -335,12 +335,18 @@ static bool rram_get_key(struct rram_session *s, unsigned long index,
 static int rram_demand_taken(struct rram_session *s, unsigned long index,
 			     struct rram_fetch *r, const struct rram_key *key)
 {
+	struct mem_cgroup *memcg = NULL;
 	struct folio *folio;
 	int err;
 
+	/* A kernel thread on behalf of somebody else has nobody to charge. */
+	if (!current->mm)
+		memcg = set_active_memcg(s->dst->memcg);
 	folio = rram_grab(s->f, index);
+	if (!current->mm)
+		set_active_memcg(memcg);
 	if (IS_ERR(folio))
-		return PTR_ERR(folio) == -EINTR ? -EINTR : -ENOMEM;
+		return PTR_ERR(folio);
 	r->first = index;
 	r->nr = 1;
 	r->cause = RRAM_CAUSE_DEMAND;
@@ -358,13 +364,28 @@ static int rram_demand_taken(struct rram_session *s, unsigned long index,
 	return err;
 }
 
+/* Whether an answer of rram_demand() says that a page can't be made. */
+bool rram_no_room(int err)
+{
+	switch (err) {
+	case -ENOMEM:
+	case -ENOSPC:
+	case -EIO:
+	case -EOPNOTSUPP:
+		return true;
+	default:
+		return false;
+	}
+}
+
 /**
  * rram_demand - see to it that a page comes
  * @s: a destination's session
  * @index: the page
  *
- * Return: 0 when the page is here; -ENOMEM; anything else: it is on its way,
- * or can't be fetched at this moment. Either way who waits is woken when
+ * Return: 0 when the page is here; what rram_no_room() knows, when no page can
+ * be made for it; anything else: it is on its way, or can't be fetched at this
+ * moment. Either way who waits is woken when
  * there is a reason to call this again.
  */
 int rram_demand(struct rram_session *s, unsigned long index)
@@ -402,6 +423,12 @@ int rram_demand(struct rram_session *s, unsigned long index)
 	r = rram_fetch_get(s, false);
 	if (!r)
 		goto up;
+	/* Its last completion may come twice on a connection that is broken. */
+	if (READ_ONCE(s->broken)) {
+		rram_fetch_put(r);
+		err = -ENOTCONN;
+		goto up;
+	}
 	if (test_and_set_bit_lock(index, f->inflight)) {
 		rram_fetch_put(r);
 		err = -EINPROGRESS;
@@ -459,6 +486,10 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 	r = rram_fetch_get(s, true);
 	if (!r)
 		return -EBUSY;
+	if (READ_ONCE(s->broken)) {
+		rram_fetch_put(r);
+		return -ENOTCONN;
+	}
 	memcg = set_active_memcg(s->dst->memcg);
 	while (n < nr) {
 		unsigned long index = first + n;
@@ -636,7 +667,8 @@ static bool rram_set_key(struct rram_session *s, const struct rram_wire_key *k)
 	dst->key[chunk].rkey = le32_to_cpu(k->rkey);
 	dst->key[chunk].valid = true;
 	spin_unlock(&dst->key_lock);
-	clear_bit(chunk, dst->want);
+	if (test_and_clear_bit(chunk, dst->want))
+		rram_wake_pages(s->f);
 	clear_bit(chunk, dst->asked);
 	atomic64_inc(&s->count.keys);
 	return true;
@@ -719,7 +751,10 @@ static void rram_dest_freeze(struct rram_session *s)
 	 */
 	rram_quiesce(s);
 	/* Who has not seen that nothing more may be READ holds it too. */
-	down_write(&f->stale);
+	while (!down_write_trylock(&f->stale)) {
+		rram_patience(s);
+		schedule_timeout_idle(1);
+	}
 	up_write(&f->stale);
 	rram_quiesce(s);
 	rram_confirm(s);
@@ -761,8 +796,10 @@ static void rram_list_run(struct rram_session *s, unsigned long first,
 	memset(f->heat + first, heat, nr);
 	s->dst->listed += nr;
 	/* Most of a file that was not copied ahead is missing already. */
-	while ((i = find_next_zero_bit(f->missing, end, i)) < end)
+	while ((i = find_next_zero_bit(f->missing, end, i)) < end) {
 		rram_make_missing(s, i++);
+		cond_resched();
+	}
 }
 
 /* Some pages that are alike; they lie within the file. */
@@ -902,6 +939,7 @@ static bool rram_switch_now(struct rram_session *s, struct rram_buf *b)
 		spin_lock(&dst->key_lock);
 		dst->key[i >> RRAM_CHUNK_SHIFT].valid = false;
 		spin_unlock(&dst->key_lock);
+		cond_resched();
 	}
 	bitmap_zero(f->dirty, f->npages);
 	spin_lock(&dst->order_lock);

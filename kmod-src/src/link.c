@@ -545,6 +545,10 @@ static int rram_use_device(struct rram_session *s, struct ib_device *dev)
 	if (!(dev->attrs.device_cap_flags & IB_DEVICE_MEM_MGT_EXTENSIONS) ||
 	    !dev->attrs.max_qp_rd_atom)
 		return -EOPNOTSUPP;
+	/* At the latest after the switch each chunk has a key. */
+	if (s->role == RRAM_ROLE_SOURCE &&
+	    s->f->npages >> RRAM_CHUNK_SHIFT >= dev->attrs.max_mr)
+		return -ENOSPC;
 	spin_lock(&rram_sessions_lock);
 	usable = ib_get_client_data(dev, &rram_client);
 	if (usable) {
@@ -907,8 +911,6 @@ static int rram_accept(struct rram_session *s, struct rram_request *r)
 	r->id->context = l;
 	r->id->event_handler = rram_link_event;
 	rdma_unlock_handler(r->id);
-	if (r->gone)
-		return -ECONNRESET;
 	err = rram_use_device(s, r->id->device);
 	err = err ?: rram_make_qp(s, r->hello.link);
 	if (err)
@@ -916,7 +918,10 @@ static int rram_accept(struct rram_session *s, struct rram_request *r)
 	param.initiator_depth = clamp(min_t(int, r->depth,
 					    s->dev->attrs.max_qp_init_rd_atom),
 				      1, 128);
-	err = rdma_accept(r->id, &param);
+	/* It may be taken back, or the device go, until this has been said. */
+	rdma_lock_handler(r->id);
+	err = r->gone ? -ECONNRESET : rdma_accept(r->id, &param);
+	rdma_unlock_handler(r->id);
 	return err ?: rram_await_stage(l, RDMA_CM_EVENT_ESTABLISHED);
 }
 

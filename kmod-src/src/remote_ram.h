@@ -336,7 +336,7 @@ int rram_fill(struct rram_file *f, unsigned long first, unsigned long last);
 /* track.c */
 void rram_track_write(struct rram_file *f, unsigned long first,
 		      unsigned long nr);
-unsigned int rram_harvest(struct rram_file *f, unsigned long first,
+unsigned int rram_harvest(struct rram_session *s, unsigned long first,
 			  const unsigned long *want, unsigned long *taken);
 void rram_protect(struct rram_file *f, unsigned long first, unsigned long nr);
 struct folio *rram_peek(struct rram_file *f, unsigned long index, int *err);
@@ -387,6 +387,8 @@ void rram_msg_done(struct rram_session *s, struct rram_buf *b);
 /* export.c */
 int rram_source_new(struct rram_session *s);
 void rram_source_free(struct rram_session *s);
+bool rram_key_holds(struct rram_session *s, unsigned long index,
+		    struct page *page);
 void rram_source_linked(struct rram_session *s);
 void rram_source_unlinked(struct rram_session *s);
 void rram_source_drop(struct rram_session *s);
@@ -409,6 +411,7 @@ bool rram_dest_lingers(struct rram_session *s);
 bool rram_dest_stuck(struct rram_session *s);
 bool rram_dest_step(struct rram_session *s);
 int rram_demand(struct rram_session *s, unsigned long index);
+bool rram_no_room(int err);
 void rram_dest_fault(struct rram_session *s, unsigned long index);
 void rram_dest_stats(struct rram_session *s, struct rram_stats *st);
 

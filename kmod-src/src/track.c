@@ -61,6 +61,17 @@ struct folio *rram_grab(struct rram_file *f, unsigned long index)
 	struct folio *folio = NULL;
 	int err = rram_shmem_get_folio(rram_inner(f), index, &folio, true);
 
+	/* What can't be read from swap, or is poisoned, is not wanted either. */
+	if (!err && PageHWPoison(folio_file_page(folio, index))) {
+		folio_unlock(folio);
+		folio_put(folio);
+		err = -EIO;
+	}
+	if (err == -EIO) {
+		shmem_truncate_range(rram_inner(f), (loff_t)index << PAGE_SHIFT,
+				     ((loff_t)(index + 1) << PAGE_SHIFT) - 1);
+		err = rram_shmem_get_folio(rram_inner(f), index, &folio, true);
+	}
 	if (err)
 		return ERR_PTR(err);
 	if (folio_test_large(folio)) {
@@ -72,9 +83,32 @@ struct folio *rram_grab(struct rram_file *f, unsigned long index)
 	return folio;
 }
 
+/*
+ * Whether somebody has a locked folio in their hands besides the page cache,
+ * mappings, a key, the LRU (a batch of it or a reclaimer, who take the flag
+ * away) and us. Without a pin (FOLL_GET), it may be written through the
+ * kernel's own address, with neither a fault nor a bit: O_DIRECT reads of NFS,
+ * vhost-scsi, nested virtualization. The order errs on the safe side: nobody
+ * maps it meanwhile, and what else goes away was counted before.
+ */
+static bool rram_is_borrowed(struct rram_session *s, struct folio *folio)
+{
+	long i, nr = folio_nr_pages(folio);
+	bool lru = folio_test_lru(folio);
+	long refs = folio_ref_count(folio);
+	long known = 1 + nr;
+
+	smp_rmb();	/* the count before what explains it */
+	known += rram_folio_mapcount(folio) + !(lru || folio_test_lru(folio));
+	for (i = 0; i < nr; i++)
+		known += rram_key_holds(s, folio->index + i,
+					folio_page(folio, i));
+	return refs > known;
+}
+
 /**
  * rram_harvest - take dirty bits of one chunk
- * @f: the file
+ * @s: the session of a source
  * @first: first page of the chunk
  * @want: which bits are of interest (RRAM_CHUNK_PAGES of them), NULL for all
  * @taken: out, the bits that were set and are now clear
@@ -84,9 +118,10 @@ struct folio *rram_grab(struct rram_file *f, unsigned long index)
  *
  * Return: number of bits in @taken.
  */
-unsigned int rram_harvest(struct rram_file *f, unsigned long first,
+unsigned int rram_harvest(struct rram_session *s, unsigned long first,
 			  const unsigned long *want, unsigned long *taken)
 {
+	struct rram_file *f = s->f;
 	unsigned int nr = min_t(unsigned long, RRAM_CHUNK_PAGES,
 				f->npages - first);
 	unsigned int i, low, high, count = 0;
@@ -125,16 +160,15 @@ unsigned int rram_harvest(struct rram_file *f, unsigned long first,
 		if (!folio)
 			continue;
 		folio_lock(folio);
-		if (folio->mapping == f->shmem->f_mapping &&
-		    folio_mkclean(folio))
-			folio_mark_dirty(folio);
+		if (folio->mapping == f->shmem->f_mapping) {
+			if (folio_mkclean(folio))
+				folio_mark_dirty(folio);
+			/* Not clean, but worth copying now. */
+			if (folio_maybe_dma_pinned(folio) ||
+			    rram_is_borrowed(s, folio))
+				set_bit(first + i, f->dirty);
+		}
 		folio_unlock(folio);
-		/*
-		 * A pin may be written through without a fault: not clean, but
-		 * worth copying now.
-		 */
-		if (folio_maybe_dma_pinned(folio))
-			set_bit(first + i, f->dirty);
 		folio_put(folio);
 	}
 	return count;

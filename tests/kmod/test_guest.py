@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import time
 
 import pytest
 
-from hosts import BACKGROUND, LOST, POSTCOPY, wait_for
+from hosts import BACKGROUND, LOST, POSTCOPY, RECONNECTING, cut, wait_for
 
 MIB = 96
 CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "pause-before-switchover")]
@@ -149,3 +150,21 @@ def test_a_guest_whose_qemu_aborts_in_the_middle_can_be_read(vm):
     file.dst("tune", what=BACKGROUND, value=1)
     file.complete()
     assert LOST not in file.states()
+
+
+def test_rule_6_a_guest_that_waits_without_a_line_can_be_killed(vm):
+    """KVM faults for it in a workqueue, where nothing can be killed, and its process waits for that when it ends."""
+    file, guests = vm
+    file.attach(heartbeat_ms=300, dead_ms=2000)
+    guests.append(Guest(file.dest, file, incoming=True))
+    file.dst("tune", what=BACKGROUND, value=0)
+    move(file, guests[0], guests[1], 0)
+    wait_for(lambda: file.dst("stats")["faults_nowait"] > 0)
+    with cut(file.dest, "drop"):
+        wait_for(lambda: file.dst("stats")["state"] == RECONNECTING)
+        time.sleep(2)
+        guests[1].kill()
+        # All of its threads: the first one may be gone while others are stuck.
+        wait_for(lambda: file.dest.sh(f"test -e /proc/{guests[1].pid} || echo gone", check=False) == "gone\n")
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()

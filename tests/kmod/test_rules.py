@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from hosts import BACKGROUND, COMPLETE, CONNECTED, POSTCOPY, wait_for
+from hosts import BACKGROUND, COMPLETE, CONNECTED, POSTCOPY, Program, wait_for
 
 ALL_WRITES = "wwwwwwcrzhmpvk"
 
@@ -183,6 +183,36 @@ def test_rule_2_what_is_pinned_stays_dirty(ram):
     assert program.tell("pin 7")["ret"] == 0
     file.precopy(1500, stop=1)
     assert file.src("stats")["pages_dirty"] == 1
+
+
+#: Writes 16 pages of a mapping and lends them to a pipe, which holds them without a pin, until it is told to take them back.
+LEND = """
+import ctypes, json, mmap, os, sys
+ram = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
+for at in range(0, 65536, 4096):
+    ram[at] = 1
+class iovec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+reader, writer = os.pipe()
+part = iovec(ctypes.addressof(ctypes.c_char.from_buffer(ram)), 65536)
+print(json.dumps({"lent": ctypes.CDLL(None).vmsplice(writer, ctypes.byref(part), 1, 0)}), flush=True)
+for line in sys.stdin:
+    os.read(reader, 65536)
+    print(json.dumps({"lent": 0}), flush=True)
+"""
+
+
+def test_rule_2_what_is_lent_without_a_pin_stays_dirty(ram):
+    """As an O_DIRECT read of NFS has pages, which writes to them without a fault; here a pipe has them."""
+    file = ram(1, fill=False).connect()
+    program = Program(file.source, ["python3", "-c", LEND, file.path])
+    assert program.hear() == {"lent": 65536}
+    file.precopy(1500)
+    assert file.src("stats")["pages_dirty"] == 16
+    assert program.tell("back") == {"lent": 0}
+    file.precopy(3600000, stop=1)
+    assert file.src("stats")["pages_dirty"] <= 1
+    program.kill()
 
 
 # -- 3: before the switch every failure leaves the VM on the source ----------------------------------------------------
