@@ -775,6 +775,8 @@ int rram_file_init(struct rram_file *f)
 	mutex_unlock(&rram_vm_ops_lock);
 	f->shmem->f_op = &rram_inner_fops;
 	f->shmem->private_data = f;
+	/* Writes go through it, beyond 2 GiB too. */
+	f->shmem->f_flags |= O_LARGEFILE;
 	return 0;
 }
 

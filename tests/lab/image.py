@@ -144,7 +144,10 @@ def mmdebstrap(target: pathlib.Path, include: list, *options, env=None) -> None:
         '--dpkgopt=path-exclude=/usr/share/locale/*', '--dpkgopt=path-exclude=/usr/share/info/*',
         '--aptopt=APT::Install-Recommends "false"', *options, SUITE, str(target), *debian_mirror(),
     ]  # fmt: skip
-    run(command, env={**os.environ, **(env or {}), "TMPDIR": str(target.parent)})
+    # As an ordinary user it works under another id, which has to get there: a home folder may be the user's alone.
+    with tempfile.TemporaryDirectory(prefix="hecaton-debian-", dir="/var/tmp") as scratch:
+        os.chmod(scratch, 0o711)
+        run(command, env={**os.environ, **(env or {}), "TMPDIR": scratch})
 
 
 def keys() -> pathlib.Path:

@@ -286,7 +286,7 @@ class Lab:
     def _clear(self) -> None:
         for host in self.state.get("hosts", {}).values():
             Process.end(host.get("process"), hard=True)
-        for part in ("outside", "switch", "hub"):
+        for part in ("pulse", "outside", "switch", "hub"):
             Process.end(self.state.get(part))
             self.state.pop(part, None)
         if self.state.get("run"):
@@ -337,6 +337,11 @@ class Lab:
             "-netdev", f"vde,id=guests,sock={run}/guests", "-netdev", "hubport,id=p2,hubid=0,netdev=guests",
         ])  # fmt: skip
         self.state["outside"] = Process.record(pid_in(run / "outside.pid"))
+        pulse = subprocess.Popen(
+            [sys.executable, str(REPO / "tests" / "lab" / "pulse.py"), str(run), *HOSTS],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        self.state["pulse"] = Process.record(pulse.pid)
         self._save()
 
     def _link(self, ident: str, local: str, remote: str) -> str:
