@@ -240,3 +240,12 @@ def test_limits_of_the_mount(hosts):
     with pytest.raises(OSError):
         host.do("create", name="more.ram", size=1 << 30)
     assert "1572864" in host.sh("stat -f -c '%b %a %S' /run/remote_ram; df -k --output=used /run/remote_ram")
+
+
+def test_writes_beyond_two_gib(hosts):
+    said = hosts[0].sh(
+        "mkdir -p /run/large && mount -t remote_ram none /run/large && truncate -s 3G /run/large/f && cd /run/large && "
+        "printf here | dd of=f bs=4096 seek=600000 conv=notrunc 2>&1 && dd if=f bs=4 skip=614400000 count=1 2>/dev/null; "
+        "cd /; umount /run/large; rmdir /run/large"
+    )
+    assert said.endswith("here"), said
