@@ -174,6 +174,7 @@ def host_image() -> pathlib.Path:
             os.chmod(stage, 0o755)
             shutil.copytree(HERE / "image", f"{stage}/image")
             shutil.copytree(lab_keys, f"{stage}/keys")
+            os.chmod(f"{stage}/keys", 0o755)
             for name in os.listdir(f"{stage}/keys"):
                 os.chmod(f"{stage}/keys/{name}", 0o644)
             mmdebstrap(tar, packages("packages.txt"), f"--customize-hook={stage}/image/{hook.name} \"$1\"",
