@@ -128,12 +128,13 @@ def tree_to_ext4(tar: pathlib.Path, image: pathlib.Path, mib: int, label: str) -
     """Makes an ext4 image from a root file system's tar. An ordinary user does it with the subordinate ids they have."""
     script = (
         'set -e; PATH=$PATH:/usr/sbin:/sbin; d=$(mktemp -d); trap "rm -rf $d" EXIT; '
-        'tar -C "$d" --numeric-owner -xpf "$1"; truncate -s "$3M" "$2"; '
+        'tar -C "$d" --numeric-owner $5 -xpf "$1"; truncate -s "$3M" "$2"; '
         'mke2fs -q -t ext4 -L "$4" -E root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0 -O ^metadata_csum_seed -d "$d" "$2"'
     )
     command = ["sh", "-c", script, "sh", str(tar), str(image), str(mib), label]
     if os.geteuid() != 0:
-        command = ["unshare", "--map-root-user", "--map-auto", "--", *command]
+        # Device nodes, which devtmpfs makes anyway, are not for an ordinary user.
+        command = ["unshare", "--map-root-user", "--map-auto", "--", *command, "--exclude=./dev/*"]
     run(command, env={**os.environ, "TMPDIR": str(image.parent)})
 
 
