@@ -109,7 +109,7 @@ def test_rule_1_writes_from_the_files_own_mapping_while_holes_are_punched(ram):
     file.dest.sh("echo 500 > /sys/kernel/debug/remote_ram/inject_delay_us")
     file.dest.sh(f"timeout -s KILL 100 python3 -c {shlex.quote(OWN)} {file.path}")
     file.dst("tune", what=BACKGROUND, value=1)
-    file.complete()
+    assert file.complete()["pages_missing"] == 0
 
 
 def test_rule_1_what_is_written_at_the_destination_before_the_switch_is_not_the_vms(ram):

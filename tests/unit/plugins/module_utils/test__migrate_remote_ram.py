@@ -47,6 +47,7 @@ class World:
         self.silent = False  # it runs, and does not answer
         self.result = "success"  # what systemd says of how QEMU ended
         self.refuse = {}
+        self.after = {}  # what is otherwise once QEMU was told a command
 
     def call(self, name, *arguments):
         self.told.append(name)
@@ -70,6 +71,7 @@ class World:
             self.migrate = "cancelled"
         elif command == "quit":
             self.alive = False
+        vars(self).update(self.after.get(command, {}))
         return {}
 
 
@@ -219,15 +221,7 @@ def test_a_switch_that_fails_gives_the_vm_back_to_its_qemu(world, tmp_path):
 
 def test_a_destination_that_can_not_load_the_devices_has_the_ram_taken_back(world, tmp_path):
     moving = outgoing(tmp_path)
-    real = world.qmp
-
-    def qmp(command, arguments=None):
-        answer = real(command, arguments)
-        if command == "migrate-continue":
-            world.migrate = "failed"
-        return answer
-
-    world.qmp = qmp
+    world.after["migrate-continue"] = {"migrate": "failed"}
     with pytest.raises(MigrationError, match="can't be loaded"):
         moving.run()
     assert "take_back" in world.told and "quit" not in world.told and moving.record.data["on"] == "source"
@@ -235,15 +229,7 @@ def test_a_destination_that_can_not_load_the_devices_has_the_ram_taken_back(worl
 
 def test_a_source_whose_destination_has_all_but_can_not_load_the_devices_keeps_the_vm(world, tmp_path):
     moving = outgoing(tmp_path)
-    real = world.qmp
-
-    def qmp(command, arguments=None):
-        answer = real(command, arguments)
-        if command == "migrate-continue":
-            world.migrate, world.state = "failed", "complete"
-        return answer
-
-    world.qmp = qmp
+    world.after["migrate-continue"] = {"migrate": "failed", "state": "complete"}
     with pytest.raises(MigrationError, match="can't be loaded"):
         moving.run()
     assert world.told[-1] == "release" and moving.record.data["on"] == "source"
@@ -273,14 +259,7 @@ def test_a_source_qemu_that_is_killed_in_pre_copy_leaves_no_session(world, clock
 
 def test_a_source_qemu_that_is_killed_in_the_switch_is_needed_no_more(world, tmp_path):
     moving = outgoing(tmp_path)
-    real = world.qmp
-
-    def qmp(command, arguments=None):
-        answer = real(command, arguments)
-        world.alive = command != "migrate-continue"
-        return answer
-
-    world.qmp = qmp
+    world.after["migrate-continue"] = {"alive": False}
     moving.run()
     assert "take_back" not in world.told and f"unlink {BLOCK['path']}" in world.told
     assert (moving.record.data["result"], moving.record.data["on"]) == ("moved", "destination")
