@@ -26,8 +26,8 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import E
 SERVING = ("postcopy", "reconnecting", "complete")
 #: What systemd says of a QEMU that did not end by itself.
 KILLED = ("signal", "core-dump", "oom-kill")
-#: Seconds between two looks at a guest that stands still.
-SWITCH_POLL = 0.005
+#: Seconds between two looks at a guest that stands still, if QEMU says nothing before.
+SWITCH_POLL = 0.1
 #: Seconds for QEMU to stop the guest, and for the destination to take the devices' state.
 SWITCH_PATIENCE = 60
 #: What of the kernel's statistics goes into the record.
@@ -231,6 +231,13 @@ class Outgoing(_migrate_qmp.Outgoing):
             self._lost_qemu(err)
             raise
 
+    def _pause(self) -> None:
+        """Waits until QEMU tells of a step, which it does by itself: each question costs it time while the guest stands still."""
+        try:
+            self.qmp.events(SWITCH_POLL)
+        except QmpError as err:
+            self._lost_qemu(err)
+
     def _await_status(self, wanted: str) -> dict:
         """:raises MigrationError: QEMU says failed, or takes too long; the VM is here."""
         deadline = time.monotonic() + SWITCH_PATIENCE
@@ -242,7 +249,7 @@ class Outgoing(_migrate_qmp.Outgoing):
                 raise MigrationError(info.get("error-desc") or f"QEMU says the migration {info['status']}")
             if time.monotonic() > deadline:
                 raise MigrationError(f"QEMU did not get to {wanted!r} in {SWITCH_PATIENCE} s (it says {info.get('status')})")
-            time.sleep(SWITCH_POLL)
+            self._pause()
 
     def _hand_over(self) -> None:
         self.record.phase("switch")
@@ -297,7 +304,7 @@ class Outgoing(_migrate_qmp.Outgoing):
             self.qmp.execute("migrate_cancel")
             deadline = time.monotonic() + SWITCH_PATIENCE
             while self._status().get("status") in PRECOPY_STATES and time.monotonic() < deadline:
-                time.sleep(SWITCH_POLL)
+                self._pause()
 
     def _arrived(self, info: dict) -> None:
         self._postcopy_asked = True
