@@ -11,7 +11,10 @@ listens again and the source connects again.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
 import subprocess
 import time
 
@@ -248,6 +251,15 @@ def forget(name: str) -> None:
             pass
 
 
+def listens(address: str, port: int) -> None:
+    """Looks whether a program can listen there.
+
+    :raises OSError: it can't; EADDRINUSE: another one does.
+    """
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    socket.create_server((address, port), family=family).close()
+
+
 class Incoming:
     """The destination's side: starts QEMU to receive the VM and follows it until it runs here, or cleans up.
 
@@ -263,6 +275,7 @@ class Incoming:
                      "uri": None, "started": time.time(), "finished": None}  # fmt: skip
         self.arrived = False
         self.began = False
+        self._port = None
 
     def save(self, **changes) -> None:
         self.data.update(changes)
@@ -326,19 +339,34 @@ class Incoming:
                     raise MigrationError(f"QEMU for {self.name} did not open its monitor in 60 s") from err
                 time.sleep(0.1)
         qmp.execute("migrate-set-capabilities", {"capabilities": capabilities(job["engine"])})
-        problem = None
+        uri = f"tcp:{job['address']}:{self._take_port()}"
+        # Once only: a QEMU that could not listen takes no second address.
+        qmp.execute("migrate-incoming", {"uri": uri})
+        self.save(phase="listening", uri=uri)
+        return qmp
+
+    def _take_port(self) -> int:
+        """A free port, kept from other VMs that arrive here until this one's unit ends: after a lost stream it is listened on again.
+
+        :raises MigrationError: there is none.
+        """
+        job = self.job
+        folder = os.path.join(RUN_DIR, "ports")
+        os.makedirs(folder, mode=0o755, exist_ok=True)
         for port in range(job["port_min"], job["port_max"] + 1):
-            uri = f"tcp:{job['address']}:{port}"
+            lock = open(os.path.join(folder, str(port)), "w")  # noqa: SIM115 - it is held for as long as this process lives
             try:
-                qmp.execute("migrate-incoming", {"uri": uri})
-            except QmpError as err:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                listens(job["address"], port)
+            except OSError as err:
+                lock.close()
                 problem = err
-                if "in use" not in str(err).lower():
+                if err.errno not in (errno.EWOULDBLOCK, errno.EADDRINUSE):
                     break
                 continue
-            self.save(phase="listening", uri=uri)
-            return qmp
-        raise MigrationError(f"QEMU can't listen on {job['address']} ports {job['port_min']}-{job['port_max']}: {problem}")
+            self._port = lock
+            return port
+        raise MigrationError(f"{self.name} can't be listened for on {job['address']} ports {job['port_min']}-{job['port_max']}: {problem.strerror}")
 
     def _receive(self, qmp: QmpClient) -> None:
         since = time.monotonic()

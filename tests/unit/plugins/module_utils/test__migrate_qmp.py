@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pathlib
+import socket
 
 import pytest
 from ansible_collections.hecaton.fleet.plugins.module_utils import _migrate_qmp, _migrate_unit, _migration
@@ -12,6 +15,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Ab
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpError
 
 MIB = 1 << 20
+LISTENS = _migrate_qmp.listens
 UNIT = "hecaton-vm@web1.service"
 
 
@@ -50,6 +54,7 @@ class Host:
         self.alive = True
         self.listens = True
         self.systemctl = []
+        self.ports = {}  # what is wrong with a port
 
     def become(self, *script):
         self.script, self.since = list(script), self.clock.now
@@ -119,6 +124,12 @@ def host(monkeypatch, clock, tmp_path):
         return ""
 
     monkeypatch.setattr(_migrate_qmp, "QmpClient", Client)
+    def listens(address, port):
+        problem = host.ports.get(port)
+        if problem:
+            raise OSError(problem, os.strerror(problem))
+
+    monkeypatch.setattr(_migrate_qmp, "listens", listens)
     monkeypatch.setattr(_migrate_qmp, "systemctl", systemctl)
     monkeypatch.setattr(_migrate_qmp, "CONFIG_DIR", str(tmp_path / "vms"))
     monkeypatch.setattr(_migrate_qmp, "RUN_DIR", str(tmp_path / "run"))
@@ -516,24 +527,38 @@ def test_a_qemu_that_ends_after_arrival_is_reported_and_not_cleaned_up(host, tmp
 
 def test_a_busy_port_makes_it_try_the_next(host, tmp_path):
     arrives(host, (1, "active"), (0, "completed"))
-    host.refuse["migrate-incoming"] = lambda arguments: "Address already in use" if arguments["uri"].endswith(":49200") else None
+    host.ports[49200] = errno.EADDRINUSE
     incoming(tmp_path).run()
-    assert [arguments["uri"] for arguments in host.told("migrate-incoming")] == ["tcp:10.77.1.12:49200", "tcp:10.77.1.12:49201"]
+    # QEMU is told once: after one that it could not listen on, it takes no other.
+    assert [arguments["uri"] for arguments in host.told("migrate-incoming")] == ["tcp:10.77.1.12:49201"]
     assert incoming_record(tmp_path)["uri"] == "tcp:10.77.1.12:49201"
 
 
 def test_with_all_ports_busy_it_says_which_and_cleans_up(host, tmp_path):
-    host.refuse["migrate-incoming"] = "Address already in use"
+    host.ports = dict.fromkeys((49200, 49201, 49202), errno.EADDRINUSE)
     incoming(tmp_path).run()
-    assert len(host.told("migrate-incoming")) == 3 and stopped(host)
-    assert "10.77.1.12 ports 49200-49202" in incoming_record(tmp_path)["reason"]
+    assert not host.told("migrate-incoming") and stopped(host)
+    assert "10.77.1.12 ports 49200-49202: Address already in use" in incoming_record(tmp_path)["reason"]
 
 
 def test_an_address_that_is_not_this_hosts_is_not_tried_on_all_ports(host, tmp_path):
-    host.refuse["migrate-incoming"] = "Cannot assign requested address"
+    host.ports = {49200: errno.EADDRNOTAVAIL, 49201: AssertionError}
     incoming(tmp_path).run()
-    assert len(host.told("migrate-incoming")) == 1 and stopped(host)
+    assert not host.told("migrate-incoming") and stopped(host)
     assert "Cannot assign requested address" in incoming_record(tmp_path)["reason"]
+
+
+def test_a_port_stays_with_its_vm_until_the_unit_ends(host, tmp_path):
+    first, second, third = (incoming(tmp_path) for _count in range(3))
+    assert (first._take_port(), second._take_port()) == (49200, 49201)
+    first._port.close()
+    assert third._take_port() == 49200
+
+
+def test_another_program_that_listens_is_seen():
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match="already in use"):
+        LISTENS("127.0.0.1", server.getsockname()[1])
+    LISTENS("127.0.0.1", 0)
 
 
 def test_the_destination_sets_the_engines_capabilities_before_it_listens(host, tmp_path):

@@ -154,6 +154,7 @@ def world(monkeypatch, clock, tmp_path):
     monkeypatch.setattr(_migrate_remote_ram, "is_remote_ram", lambda path: True)
     monkeypatch.setattr(_migrate_remote_ram.os, "unlink", lambda path: world.call(f"unlink {path}"))
     monkeypatch.setattr(_migrate_remote_ram, "forget", lambda name: world.call("forget"))
+    monkeypatch.setattr(_migrate_qmp, "listens", lambda address, port: None)
     monkeypatch.setattr(_migrate_qmp, "systemctl", systemctl)
     monkeypatch.setattr(_migrate_qmp, "RUN_DIR", str(tmp_path / "run"))
     monkeypatch.setattr(_migrate_qmp, "CONFIG_DIR", str(tmp_path / "vms"))
