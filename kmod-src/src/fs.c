@@ -412,18 +412,18 @@ static int rram_reconfigure(struct fs_context *fc)
 {
 	struct rram_fs *fs = rram_fs_of(fc->root->d_sb);
 	struct rram_fs *wanted = fc->s_fs_info;
-	int err = 0;
+	bool fits;
 
 	spin_lock(&fs->lock);
-	if (wanted->size && wanted->size < fs->used) {
-		err = invalfc(fc, "size is below what is in use");
-	} else {
+	fits = !wanted->size || wanted->size >= fs->used;
+	if (fits) {
 		fs->size = wanted->size;
 		fs->file_size = wanted->file_size;
 		fs->nr_files = wanted->nr_files;
 	}
 	spin_unlock(&fs->lock);
-	return err;
+	/* To say why not takes memory, which may mean to sleep. */
+	return fits ? 0 : invalfc(fc, "size is below what is in use");
 }
 
 static const struct fs_context_operations rram_context_operations = {

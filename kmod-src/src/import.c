@@ -54,7 +54,6 @@ struct rram_key {
  * @fetches: all of both
  * @active: READs under way
  * @freezing: the final set has begun to arrive
- * @frozen: @listed pages are not here
  * @listed: pages in the final set so far
  * @answered: the source was told that the final set is in
  * @order: in which order the rest is pulled
@@ -69,6 +68,7 @@ struct rram_key {
  * @rate_at: when that was last reckoned
  * @rate_bytes: bytes that have come since
  * @switch_us: how long applying the final set took
+ * @switch_begun: since when it is applied
  */
 struct rram_dest {
 	unsigned long nr_chunks;
