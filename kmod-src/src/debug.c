@@ -186,18 +186,22 @@ void rram_debug_add(struct rram_session *s)
 
 void rram_debug_remove(struct rram_session *s)
 {
-	struct rram_debug_entry *e, *next;
+	struct rram_debug_entry *e, *found = NULL;
 
 	mutex_lock(&rram_debug_lock);
-	list_for_each_entry_safe(e, next, &rram_debug_list, list) {
+	list_for_each_entry(e, &rram_debug_list, list) {
 		if (e->s != s)
 			continue;
 		list_del(&e->list);
-		/* Waits for those who are reading it. */
-		debugfs_remove(e->dentry);
-		kfree(e);
+		found = e;
+		break;
 	}
 	mutex_unlock(&rram_debug_lock);
+	if (!found)
+		return;
+	/* Waits for those who are reading it, and who may fault meanwhile. */
+	debugfs_remove(found->dentry);
+	kfree(found);
 }
 
 void rram_debug_init(void)

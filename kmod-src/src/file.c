@@ -552,31 +552,32 @@ unlock:
  * is no longer missing, since it has new contents: none; that is said when the
  * old ones are gone.
  */
-static long rram_punch_taken(struct rram_file *f, struct file *via, int mode,
-			     unsigned long first, unsigned long last)
+static void rram_punch_taken(struct rram_file *f, unsigned long first,
+			     unsigned long last)
 {
 	unsigned long i;
-	long err;
 
 	/* In ascending order, as rram_take_zero() does. */
 	for (i = first; i <= last; i++)
 		wait_event(*rram_waitq(f, i),
 			   !test_and_set_bit_lock(i, f->inflight));
-	err = rram_shmem_fops->fallocate(via, mode, (loff_t)first << PAGE_SHIFT,
-					 (loff_t)(last - first + 1) << PAGE_SHIFT);
+	/*
+	 * Without shmem's lock, whose holders may fault while f->stale is held
+	 * here: our inode's lock keeps them away.
+	 */
+	shmem_truncate_range(rram_inner(f), (loff_t)first << PAGE_SHIFT,
+			     ((loff_t)(last + 1) << PAGE_SHIFT) - 1);
 	for (i = first; i <= last; i++) {
-		if (!err && test_and_clear_bit(i, f->missing))
+		if (test_and_clear_bit(i, f->missing))
 			atomic_long_dec(&f->nr_missing);
 		clear_bit_unlock(i, f->inflight);
 		rram_wake_page(f, i);
 	}
-	return err;
 }
 
 /* Punches whole pages while some may be missing, a chunk at a time. */
-static long rram_punch_pages(struct rram_file *f, struct file *via, int mode,
-			     enum rram_phase phase, unsigned long first,
-			     unsigned long end)
+static long rram_punch_pages(struct rram_file *f, enum rram_phase phase,
+			     unsigned long first, unsigned long end)
 {
 	unsigned long next;
 	bool ahead;
@@ -593,7 +594,7 @@ static long rram_punch_pages(struct rram_file *f, struct file *via, int mode,
 		if (phase == RRAM_PHASE_AHEAD && READ_ONCE(f->phase) != phase)
 			err = -EBUSY;
 		else
-			err = rram_punch_taken(f, via, mode, first, next - 1);
+			rram_punch_taken(f, first, next - 1);
 		if (!err && READ_ONCE(f->tracking))
 			rram_track_write(f, first, next - first);
 		if (ahead)
@@ -632,7 +633,7 @@ static long rram_punch(struct rram_file *f, struct file *via, int mode,
 				return err;
 		}
 		if (whole < end) {
-			err = rram_punch_pages(f, via, mode, phase, whole, end);
+			err = rram_punch_pages(f, phase, whole, end);
 			if (err)
 				return err;
 		}
@@ -705,9 +706,8 @@ static long rram_inner_fallocate(struct file *inner, int mode, loff_t offset,
 		err = -EINTR;
 	} else {
 		/*
-		 * With our lock, as every other punch and write: who writes
-		 * from a mapping of this file waits for pages with shmem's lock
-		 * held, which a punch takes when it has taken pages.
+		 * With our lock, as every other punch and write: a punch that
+		 * has taken pages does without shmem's.
 		 */
 		err = rram_punch(f, inner, mode, offset, len);
 		up_write(&f->inode.i_rwsem);
@@ -741,6 +741,7 @@ int rram_file_init(struct rram_file *f)
 {
 	unsigned int i;
 
+	mutex_init(&f->control);
 	mutex_init(&f->lock);
 	init_rwsem(&f->stale);
 	for (i = 0; i < RRAM_WAITS; i++)

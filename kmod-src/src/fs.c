@@ -201,7 +201,7 @@ static int rram_resize(struct inode *inode, loff_t size)
 
 	if (size == old)
 		return 0;
-	mutex_lock(&f->lock);
+	mutex_lock(&f->control);
 	/*
 	 * A session has counted the pages, and whoever still waits for one of
 	 * an earlier session looks at the bitmaps: from the first session on
@@ -224,7 +224,7 @@ static int rram_resize(struct inode *inode, loff_t size)
 	i_size_write(inode, size);
 	f->npages = DIV_ROUND_UP(size, PAGE_SIZE);
 unlock:
-	mutex_unlock(&f->lock);
+	mutex_unlock(&f->control);
 	return err;
 }
 

@@ -3,8 +3,10 @@
  * The control surface: checks what user space says and passes it on. What the
  * calls mean is in include/uapi/linux/remote_ram.h.
  *
- * No user memory is touched under rram_file.lock: mmap() takes that lock with
- * the memory map's held.
+ * Sockets, threads and debugfs are waited for under rram_file.control. Some
+ * of them touch user memory with locks of theirs held, so what mmap() takes with
+ * the memory map's lock held is another lock: rram_file.lock, under which nothing
+ * of that is done.
  */
 #include <linux/inet.h>
 #include <linux/pagemap.h>
@@ -79,7 +81,7 @@ static int rram_check_args(struct rram_session_args *a, bool listens)
 	return 0;
 }
 
-/* Whether a file may begin a session. The caller holds f->lock. */
+/* Whether a file may begin a session. The caller holds f->control. */
 static int rram_may_begin(struct rram_file *f)
 {
 	if (rcu_access_pointer(f->session))
@@ -125,7 +127,7 @@ static long rram_export(struct rram_file *f, void __user *arg)
 	err = err ?: rram_check_args(&a, false);
 	if (err)
 		return err;
-	mutex_lock(&f->lock);
+	mutex_lock(&f->control);
 	err = rram_may_begin(f);
 	/* What is missing here can't be given to anybody. */
 	if (!err && f->phase != RRAM_PHASE_PLAIN)
@@ -139,14 +141,8 @@ static long rram_export(struct rram_file *f, void __user *arg)
 	}
 	WRITE_ONCE(f->frozen, false);
 	kref_get(&s->ref);
-	err = rram_session_start(s);
-	if (err)
-		rram_session_put(s);
-	mutex_unlock(&f->lock);
-	if (err) {
-		rram_session_put(s);
-		return err;
-	}
+	rram_session_start(s);
+	mutex_unlock(&f->control);
 	/* The thread gives up by itself; it may need a little longer. */
 	err = rram_wait_state(s, BIT(RRAM_STATE_CONNECTED),
 			      s->args.connect_ms + 5 * MSEC_PER_SEC);
@@ -155,57 +151,37 @@ static long rram_export(struct rram_file *f, void __user *arg)
 		err = rram_reason_error(reason);
 	if (err) {
 		/* Nothing is left behind of a session that never was. */
-		mutex_lock(&f->lock);
+		mutex_lock(&f->control);
 		if (rcu_access_pointer(f->session) == s)
 			rram_session_end(f);
-		mutex_unlock(&f->lock);
+		mutex_unlock(&f->control);
 	}
 	rram_session_put(s);
 	a.reason = err ? reason : RRAM_REASON_NONE;
 	memzero_explicit(a.token, sizeof(a.token));
 	return rram_copy_out(arg, &a, sizeof(a)) ?: err;
 unlock:
-	mutex_unlock(&f->lock);
+	mutex_unlock(&f->control);
 	memzero_explicit(a.token, sizeof(a.token));
 	return err;
 }
 
-static long rram_attach(struct rram_file *f, void __user *arg)
+/*
+ * Makes all pages of a file missing. The caller holds f->lock until the session
+ * can be found: who maps the file meanwhile, and faults, would have nobody to
+ * ask.
+ */
+static int rram_empty(struct rram_file *f)
 {
-	struct rram_session_args a;
-	struct rram_session *s;
 	struct folio *folio;
-	int err;
 
-	err = rram_copy_in(&a, arg, sizeof(a));
-	err = err ?: rram_check_args(&a, true);
-	if (err)
-		return err;
-	/* Who holds it may wait for a page, for as long as there is no line. */
-	if (down_write_killable(&f->inode.i_rwsem))
-		return -EINTR;
-	mutex_lock(&f->lock);
-	err = rram_may_begin(f);
 	/* Pages that somebody has mapped can't become missing unnoticed. */
-	if (!err && f->nr_maps)
-		err = -EBUSY;
-	if (err)
-		goto unlock;
-	s = rram_session_new(f, RRAM_ROLE_DESTINATION, &a);
-	if (IS_ERR(s)) {
-		err = PTR_ERR(s);
-		goto unlock;
-	}
-	err = rram_listen(s);
-	if (err)
-		goto put;
+	if (f->nr_maps)
+		return -EBUSY;
 	shmem_truncate_range(rram_inner(f), 0, (loff_t)-1);
 	folio = rram_grab(f, 0);
-	if (IS_ERR(folio)) {
-		err = PTR_ERR(folio);
-		rram_unlisten(s);
-		goto put;
-	}
+	if (IS_ERR(folio))
+		return PTR_ERR(folio);
 	folio_unlock(folio);
 	folio_put(folio);
 	shmem_truncate_range(rram_inner(f), 0, (loff_t)-1);
@@ -220,25 +196,47 @@ static long rram_attach(struct rram_file *f, void __user *arg)
 	smp_wmb();
 	WRITE_ONCE(f->tracking, true);
 	WRITE_ONCE(f->phase, RRAM_PHASE_AHEAD);
-	err = rram_session_start(s);
-	if (err) {
-		WRITE_ONCE(f->tracking, false);
-		WRITE_ONCE(f->phase, RRAM_PHASE_FAILED);
-		rram_unlisten(s);
-		goto put;
+	return 0;
+}
+
+static long rram_attach(struct rram_file *f, void __user *arg)
+{
+	struct rram_session_args a;
+	struct rram_session *s;
+	int err;
+
+	err = rram_copy_in(&a, arg, sizeof(a));
+	err = err ?: rram_check_args(&a, true);
+	if (err)
+		return err;
+	/* Who holds it may wait for a page, for as long as there is no line. */
+	if (down_write_killable(&f->inode.i_rwsem))
+		return -EINTR;
+	mutex_lock(&f->control);
+	err = rram_may_begin(f);
+	if (err)
+		goto unlock;
+	s = rram_session_new(f, RRAM_ROLE_DESTINATION, &a);
+	if (IS_ERR(s)) {
+		err = PTR_ERR(s);
+		goto unlock;
 	}
-	memcpy(a.addr, s->args.addr, sizeof(a.addr));
-	mutex_unlock(&f->lock);
-	inode_unlock(&f->inode);
-	memzero_explicit(a.token, sizeof(a.token));
-	return rram_copy_out(arg, &a, sizeof(a));
-put:
-	rram_session_put(s);
+	err = rram_listen(s);
+	if (!err) {
+		memcpy(a.addr, s->args.addr, sizeof(a.addr));
+		mutex_lock(&f->lock);
+		err = rram_empty(f);
+		if (!err)
+			rram_session_start(s);
+		mutex_unlock(&f->lock);
+	}
+	if (err)
+		rram_session_cancel(s);
 unlock:
-	mutex_unlock(&f->lock);
+	mutex_unlock(&f->control);
 	inode_unlock(&f->inode);
 	memzero_explicit(a.token, sizeof(a.token));
-	return err;
+	return err ?: rram_copy_out(arg, &a, sizeof(a));
 }
 
 static long rram_precopy(struct rram_session *s, void __user *arg)
@@ -392,15 +390,15 @@ static long rram_release(struct rram_file *f)
 	struct rram_session *s;
 	int err = 0;
 
-	mutex_lock(&f->lock);
-	s = rcu_dereference_protected(f->session, lockdep_is_held(&f->lock));
+	mutex_lock(&f->control);
+	s = rcu_dereference_protected(f->session, lockdep_is_held(&f->control));
 	if (s && !rram_ended(rram_get_state(s, NULL))) {
 		err = -EBUSY;
 	} else if (s) {
 		rram_session_end(f);
 		WRITE_ONCE(f->frozen, false);
 	}
-	mutex_unlock(&f->lock);
+	mutex_unlock(&f->control);
 	return err;
 }
 

@@ -51,7 +51,8 @@ struct rram_session;
  * struct rram_file - a block of guest RAM
  * @inode: what the VFS knows of it
  * @shmem: the file that holds its pages; ours alone
- * @lock: sessions coming and going, mappings, size
+ * @control: sessions coming and going, size. Outside of the memory map's lock
+ * @lock: mappings coming and going. Inside of the memory map's lock
  * @session: the session it is in; RCU protects readers
  * @npages: size in pages; fixed while there is a session
  * @nr_maps: number of VMAs, under @lock
@@ -75,7 +76,8 @@ struct rram_session;
 struct rram_file {
 	struct inode inode;
 	struct file *shmem;
-	struct mutex lock;	/* session, nr_maps, size */
+	struct mutex control;	/* session, size */
+	struct mutex lock;	/* nr_maps */
 	struct rram_session __rcu *session;
 	unsigned long npages;
 	unsigned int nr_maps;
@@ -347,7 +349,8 @@ struct rram_session *rram_session_new(struct rram_file *f, enum rram_role role,
 				      struct rram_session_args *args);
 void rram_session_put(struct rram_session *s);
 struct rram_session *rram_session_get(struct rram_file *f);
-int rram_session_start(struct rram_session *s);
+void rram_session_start(struct rram_session *s);
+void rram_session_cancel(struct rram_session *s);
 void rram_session_end(struct rram_file *f);
 void rram_set_state(struct rram_session *s, enum rram_state state,
 		    enum rram_reason reason);

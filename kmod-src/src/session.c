@@ -384,6 +384,7 @@ static int rram_thread(void *data)
 	return 0;
 }
 
+/* Makes a session that nobody finds yet. The caller holds f->control. */
 struct rram_session *rram_session_new(struct rram_file *f, enum rram_role role,
 				      struct rram_session_args *args)
 {
@@ -411,36 +412,42 @@ struct rram_session *rram_session_new(struct rram_file *f, enum rram_role role,
 	s->tokens_at = ktime_get();
 	s->busy_poll_us = READ_ONCE(rram_busy_poll_us);
 	err = role == RRAM_ROLE_SOURCE ? rram_source_new(s) : rram_dest_new(s);
-	if (err) {
-		rram_session_put(s);
-		return ERR_PTR(err);
+	if (err)
+		goto put;
+	s->thread = kthread_create(rram_thread, s, "rram/%s",
+				   role == RRAM_ROLE_SOURCE ? "src" : "dst");
+	if (IS_ERR(s->thread)) {
+		err = PTR_ERR(s->thread);
+		goto put;
 	}
+	rram_debug_add(s);
 	return s;
+put:
+	rram_session_put(s);
+	return ERR_PTR(err);
 }
 
-/* Publishes a session and starts its thread. The caller holds f->lock. */
-int rram_session_start(struct rram_session *s)
+/* Forgets a session that was not started. */
+void rram_session_cancel(struct rram_session *s)
 {
-	struct rram_file *f = s->f;
+	rram_debug_remove(s);
+	rram_unlisten(s);
+	kthread_stop(s->thread);
+	rram_session_put(s);
+}
 
-	s->thread = kthread_create(rram_thread, s, "rram/%s",
-				   s->role == RRAM_ROLE_SOURCE ? "src" : "dst");
-	if (IS_ERR(s->thread)) {
-		int err = PTR_ERR(s->thread);
-
-		s->thread = NULL;
-		return err;
-	}
+/* Publishes a session and starts its thread. Does not sleep. */
+void rram_session_start(struct rram_session *s)
+{
 	rram_list_session(s);
-	rcu_assign_pointer(f->session, s);
-	rram_debug_add(s);
+	rcu_assign_pointer(s->f->session, s);
 	wake_up_process(s->thread);
-	return 0;
 }
 
 /*
  * Ends and forgets the session of a file. Waits for its thread; faults that
- * are still waiting find out by themselves.
+ * are still waiting find out by themselves. The caller holds f->control, or is
+ * the last who knows the file.
  */
 void rram_session_end(struct rram_file *f)
 {
