@@ -17,7 +17,8 @@
  *   write LINK RKEY ADDRESS HEX     {"status"}
  *   close LINK                      {"closed": true}
  *
- * A status is of ibv_wc_status_str(), or "timeout".
+ * A status is of ibv_wc_status_str(), or "timeout". Its argument is how long it
+ * waits for what has to come, in ms.
  */
 #include <errno.h>
 #include <netdb.h>
@@ -32,7 +33,6 @@
 #define LINKS 2
 #define ROOM 8192		/* of a message; the protocol's are smaller */
 #define RECEIVES 128
-#define PATIENCE_MS 5000
 
 struct link {
 	struct rdma_event_channel *events;
@@ -43,6 +43,7 @@ struct link {
 	char *memory;		/* receives, then one buffer to send from */
 };
 
+static int patience_ms = 5000;
 static struct link links[LINKS];
 static struct rdma_event_channel *listening;
 static struct rdma_cm_id *listener;
@@ -81,7 +82,7 @@ static struct rdma_cm_event *next_event(struct rdma_event_channel *channel)
 	struct pollfd fd = { .fd = channel->fd, .events = POLLIN };
 	struct rdma_cm_event *event;
 
-	if (poll(&fd, 1, PATIENCE_MS) <= 0 || rdma_get_cm_event(channel, &event))
+	if (poll(&fd, 1, patience_ms) <= 0 || rdma_get_cm_event(channel, &event))
 		return NULL;
 	return event;
 }
@@ -209,9 +210,9 @@ static void do_connect(struct link *l, const char *address, const char *port,
 		failed("rdma_cm");
 		exit(1);
 	}
-	if (!step(l, rdma_resolve_addr(l->id, NULL, to->ai_addr, PATIENCE_MS),
+	if (!step(l, rdma_resolve_addr(l->id, NULL, to->ai_addr, patience_ms),
 		  RDMA_CM_EVENT_ADDR_RESOLVED) ||
-	    !step(l, rdma_resolve_route(l->id, PATIENCE_MS),
+	    !step(l, rdma_resolve_route(l->id, patience_ms),
 		  RDMA_CM_EVENT_ROUTE_RESOLVED) ||
 	    !make_qp(l))
 		goto out;
@@ -325,7 +326,7 @@ static bool post(struct link *l, enum ibv_wr_opcode opcode, size_t bytes,
 		.opcode = opcode,
 		.send_flags = IBV_SEND_SIGNALED,
 	};
-	long end = now_ms() + PATIENCE_MS;
+	long end = now_ms() + patience_ms;
 	struct ibv_wc wc;
 	int n = 0;
 
@@ -443,10 +444,12 @@ static void obey(char *line)
 	}
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	static char line[2 * ROOM + 256];
 
+	if (argc > 1)
+		patience_ms = atoi(argv[1]);
 	puts("{\"started\": true}");
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin)) {

@@ -258,9 +258,23 @@ class Agent:
                 threads.append(name)
             elif rest[0] == "D" and name.startswith(("ram", "qemu", "python3")):
                 stuck.append(name)
-        return {"rdma": resources, "threads": threads, "stuck": stuck, "files": sorted(os.listdir(MOUNT)) if os.path.ismount(MOUNT) else None}
+        files = sorted(os.listdir(MOUNT)) if os.path.ismount(MOUNT) else None
+        return {"rdma": resources, "threads": threads, "stuck": stuck, "files": files, "hurt": self.hurt(), "lockdep": self.lockdep()}
 
-    def clean(self):
+    def hurt(self):
+        """Whether the kernel has had a bad page, an oops, a warning or a lockup since it booted, whatever became of its log."""
+        with open("/proc/sys/kernel/tainted") as tainted:
+            return int(tainted.read()) & (1 << 5 | 1 << 7 | 1 << 9 | 1 << 14)
+
+    def lockdep(self):
+        """Whether lockdep still looks: it stops after what it reports, and when it has no room left. None without lockdep."""
+        try:
+            with open("/proc/lockdep_stats") as stats:
+                return int(next(line for line in stats if "debug_locks:" in line).split()[-1])
+        except FileNotFoundError:
+            return None
+
+    def clean(self, seconds=20):
         """Ends what a test left: programs first, then sessions, then files."""
         for pid, program in list(self.programs.items()):
             for path in (f"/proc/{pid}/cgroup",):
@@ -269,7 +283,7 @@ class Agent:
                 program.send_signal(signal.SIGCONT)
                 program.kill()
             try:
-                program.wait(20)
+                program.wait(seconds)
             except subprocess.TimeoutExpired:
                 continue  # it is seen as stuck
             del self.programs[pid]

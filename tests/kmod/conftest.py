@@ -22,7 +22,14 @@ def pytest_addoption(parser):
     parser.addoption("--transport", choices=("siw", "rxe"), help="only with one of them")
 
 
+#: What there is to say of each transport at the end of a run on the debug kernel.
+NOTES = pytest.StashKey()
+
+
 def pytest_configure(config):
+    config.stash[NOTES] = []
+    if config.getoption("--debug-kernel"):
+        tools.slowness = tools.SLOW
     config.addinivalue_line("markers", "long: takes minutes")
     config.addinivalue_line("markers", "expect(*texts): what the kernel may say in this test though it is an alarm")
 
@@ -38,6 +45,17 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="long: make test-kmod ARGS=--long"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--debug-kernel") or not config.stash[NOTES]:
+        return
+    terminalreporter.section("debug kernel")
+    counts = {what: len(terminalreporter.stats.get(what, [])) for what in ("passed", "failed", "error", "skipped")}
+    terminalreporter.line("tests: " + ", ".join(f"{number} {what}" for what, number in counts.items()))
+    terminalreporter.line(f"checks: {', '.join(debug_kernel.CHECKS)}")
+    for note in config.stash[NOTES]:
+        terminalreporter.line(note)
 
 
 @pytest.fixture(scope="session")
@@ -65,25 +83,62 @@ class Pair:
         self.folder = debug_kernel.built() if lab.kernel else build.built()
         self.hosts = [tools.Host(lab, name) for name in tools.NAMES]
         self.hosts[0].peer, self.hosts[1].peer = reversed(self.hosts)
+        #: What the kernels have reported in all tests, and how often a host was started again for it.
+        self.reports, self.restarts = [], 0
         self.install()
 
     def install(self):
         tools.lab_module.each(lambda host: host.install(self.folder, self.transport), self.hosts)
         # What the stack itself keeps, like the queue pair of a port.
         self.baseline = [host.do("state") for host in self.hosts]
+        self.releases = [host.sh("uname -r").strip() for host in self.hosts]
+        if self.lab.kernel:
+            assert all(release.endswith(debug_kernel.RELEASE) for release in self.releases), self.releases
+            assert all(state["lockdep"] == 1 for state in self.baseline), self.baseline
 
     def uninstall(self):
+        """Unloads the modules. :returns: what is wrong with the hosts, and a note for the summary."""
+        wrong, leaks, locks = [], {}, []
+        tools.lab_module.each(lambda host: leaks.update({host: host.leaks()}), self.hosts)
         for host in self.hosts:
-            leaks = host.leaks()
-            assert not leaks, f"{host.name} has lost objects: {leaks}"
-            said = host.uninstall()
-            assert not alarms(said), said
+            lost = [text for text in leaks[host] or [] if "[remote_ram]" in text]
+            if lost:
+                wrong.append(f"{host.name} has lost objects: {lost}")
+            locks.append(host.do("lockdep"))
+            # Of leaks it has just been asked; the rest has happened since the last test was judged.
+            said = [line for line in host.do("log") if not line.startswith("kmemleak:")]
+            said = alarms(said + host.unload())
+            if said:
+                wrong.append(f"{host.name} says: " + "\n".join(said))
+                self.reports += said
+        if self.lab.kernel:
+            if locks != [1] * len(self.hosts):
+                wrong.append(f"lockdep has switched itself off: {locks}")
+            if None in leaks.values():
+                wrong.append("a host of the debug kernel does not look for leaks")
+        found = [text for host in self.hosts for text in leaks[host] or []]
+        ours = sum("[remote_ram]" in text for text in found)
+        note = (
+            f"{self.transport}, on {', '.join(sorted(set(self.releases)))}: lines reported by the kernels: {len(self.reports) or 'none'}; "
+            f"lockdep at the end: {', '.join('on' if lock else 'off' for lock in locks)}; "
+            f"objects lost (kmemleak): {ours or 'none'} of remote_ram, {len(found) - ours or 'none'} of others; hosts started again: {self.restarts}"
+        )
+        return wrong, note
 
-    def restart(self, host):
-        """A host whose kernel was hurt is no judge of the next test."""
+    def restart(self, hurt):
+        """Hosts whose kernel was hurt are no judges of the next test."""
         for each in self.hosts:
             each.disconnect()
-        self.lab.kill(host.name)
+        self.restarts += len(hurt)
+        try:
+            self.start_again(hurt)
+        except tools.lab_module.LabError:
+            # The other one may hold on to what it had with them.
+            self.start_again(self.hosts)
+
+    def start_again(self, hosts):
+        for host in hosts:
+            self.lab.kill(host.name)
         tools.two_hosts(self.lab)
         self.install()
 
@@ -93,8 +148,9 @@ class Pair:
         for number, host in enumerate(self.hosts):
             try:
                 host.sh(
-                    "nft delete table inet cut 2>/dev/null; tc qdisc del dev mig0 root 2>/dev/null; ip link set mig0 up; cd /sys/kernel/debug/remote_ram && "
-                    "for f in inject_delay_us inject_fail; do echo 0 > $f; done; rm -f /dev/shm/*.ram; true"
+                    "nft delete table inet cut 2>/dev/null; tc qdisc del dev mig0 root 2>/dev/null; ip link set mig0 up; rm -f /dev/shm/*.ram; "
+                    "cd /sys/kernel/debug/remote_ram && for f in inject_delay_us inject_fail; do echo 0 > $f; done; "
+                    "cd /sys/module/remote_ram/parameters && echo 0 > busy_poll_us && echo N > sink_keys"
                 )
                 host.do("clean")
                 baseline = self.baseline[number]
@@ -107,11 +163,12 @@ class Pair:
                 if said:
                     wrong.append(f"{host.name} says: " + "\n".join(said))
                     hurt.append(host)
-            except tools.HostGone as err:
+                    self.reports += said
+            except (tools.HostGone, OSError, AssertionError) as err:
                 wrong.append(f"{err}; its console:\n{tools.console(self.lab, host.name)}")
                 hurt.append(host)
-        for host in dict.fromkeys(hurt):
-            self.restart(host)
+        if hurt:
+            self.restart(list(dict.fromkeys(hurt)))
         return wrong
 
 
@@ -125,10 +182,12 @@ def alarms(said, allowed=()):
 
 
 @pytest.fixture(scope="session")
-def pair(lab, transport):
+def pair(lab, transport, request):
     pair = Pair(lab, transport)
     yield pair
-    pair.uninstall()
+    wrong, note = pair.uninstall()
+    request.config.stash[NOTES].append(note)
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture

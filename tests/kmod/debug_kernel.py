@@ -13,6 +13,10 @@ from build import HERE, image, inside
 CONFIG = HERE / "debug.config"
 PACKAGES = ("gcc", "libc6-dev", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "linux-source", "xz-utils", "perl", "python3-minimal", "kmod",
             "libibverbs-dev", "librdmacm-dev")  # fmt: skip
+#: What looks for mistakes: those of debug.config, without which there would be no such kernel.
+CHECKS = [name for name in ("KASAN", "PROVE_LOCKING", "DEBUG_ATOMIC_SLEEP", "DEBUG_KMEMLEAK", "DEBUG_VM", "DEBUG_LIST")
+          if f"CONFIG_{name}=y" in CONFIG.read_text().splitlines()]  # fmt: skip
+RELEASE = "-hecaton-debug"  # how its release ends
 #: Of a kernel tree after its build, what modules are not built from.
 PRUNE = (
     "find . -name '*.o' ! -path './scripts/*' ! -path './tools/*' -delete; find . -name '*.a' ! -path './tools/*' -delete; find . -name '*.ko' -delete; "

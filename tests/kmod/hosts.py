@@ -25,6 +25,13 @@ NAMES = ("hv1", "hv2")
 PROGRAMS = "/root/kmod"
 PATIENCE = 180  # seconds after which a host that doesn't answer counts as gone
 
+#: How many times longer than usual all takes on the hosts: 1, or SLOW on the debug kernel. Set before anything else is done.
+slowness = 1
+SLOW = 4
+
+#: What the module, or the agent, takes for a time when it isn't told, by order.
+UNTOLD = {"session": {"connect_ms": 10000, "heartbeat_ms": 1000, "dead_ms": 5000}, "switch": {"ms": 10000}, "clean": {"seconds": 20}}
+
 NONE, LISTENING, CONNECTING, CONNECTED, PRECOPY, SWITCHING, POSTCOPY, RECONNECTING, COMPLETE, FAILED, LOST = range(11)
 REASONS = "none version token uuid size busy state protocol unreachable timeout disconnected aborted peer_aborted no_memory device".split()
 BANDWIDTH, BUSY_POLL_US, BATCH_PAGES, BACKGROUND = 1, 2, 3, 4
@@ -33,7 +40,21 @@ MIB = 1 << 20
 #: What the kernel says only when something is wrong with it.
 ALARMS = ("BUG:", "WARNING:", "Oops", "Call Trace", "general protection", "hung_task", "blocked for more than", "soft lockup", "lockdep",
           "possible recursive", "inconsistent lock", "refcount_t", "RESTRACK", "still has", "Bad page", "list_add corruption", "list_del corruption",
-          "use-after-free", "KASAN", "kmemleak", "UBSAN", "rcu_preempt self-detected", "rcu_sched self-detected", "Objects remaining")  # fmt: skip
+          "use-after-free", "KASAN", "kmemleak", "UBSAN", "detected stalls", "self-detected stall", "Objects remaining",
+          "lines of the kernel's log were lost")  # fmt: skip
+
+
+def slow(value):
+    """A time, or a bound of one, for hosts as slow as these."""
+    return value * slowness
+
+
+def in_time(do, order):
+    """An order with all its times for hosts as slow as these."""
+    if slowness == 1:
+        return order
+    told = {**UNTOLD.get(do, {}), **order}
+    return {key: slow(value) if key in ("ms", "seconds") or key.endswith("_ms") else value for key, value in told.items()}
 
 
 class HostGone(Exception):
@@ -54,11 +75,11 @@ class Future:
     def __init__(self, host, order):
         self.host, self.order, self.answers = host, order, queue.Queue()
 
-    def __call__(self, timeout=PATIENCE):
+    def __call__(self):
         try:
-            answer = self.answers.get(timeout=timeout)
+            answer = self.answers.get(timeout=slow(PATIENCE))
         except queue.Empty:
-            raise HostGone(f"{self.host.name} did not answer {self.order} in {timeout} s\n{self.host.stacks()}") from None
+            raise HostGone(f"{self.host.name} did not answer {self.order} in {slow(PATIENCE)} s\n{self.host.stacks()}") from None
         if "is" in answer:
             return answer["is"]
         if answer["errno"] == -1:
@@ -94,7 +115,7 @@ class Host:
         if self.agent:
             self.agent.stdin.close()
             try:
-                self.agent.wait(20)
+                self.agent.wait(slow(20))
             except subprocess.TimeoutExpired:
                 self.agent.kill()
             self.agent = None
@@ -105,7 +126,7 @@ class Host:
         number = next(self.count)
         self.waiting[number] = future
         try:
-            self.agent.stdin.write(json.dumps({"id": number, "do": do, **order}) + "\n")
+            self.agent.stdin.write(json.dumps({"id": number, "do": do, **in_time(do, order)}) + "\n")
         except OSError as err:
             raise HostGone(f"{self.name}: {err}") from err
         return future
@@ -120,7 +141,7 @@ class Host:
             'echo "== ${t##*/} $(cat $t/comm) $(cut -d" " -f3 $t/stat) $(cat $t/syscall)"; cat $t/stack;; esac; done 2>/dev/null; dmesg | tail -n 20'
         )
         try:
-            return self.lab.ssh(self.name, f"timeout 60 sh -c {shlex.quote(script)}", timeout=90).stdout
+            return self.lab.ssh(self.name, f"timeout {slow(60)} sh -c {shlex.quote(script)}", timeout=slow(90)).stdout
         except lab_module.LabError as err:
             return f"(and its threads could not be looked at: {err})"
 
@@ -132,7 +153,7 @@ class Host:
 
     def hostile(self):
         """A peer that does what it is told; see kmod-src/tests/hostile.c."""
-        program = Program(self, [f"{PROGRAMS}/hostile"])
+        program = Program(self, [f"{PROGRAMS}/hostile", str(slow(5000))])
         assert program.hear() == {"started": True}
         return program
 
@@ -141,38 +162,50 @@ class Host:
         self.transport = transport
         files = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"}
         files["agent.py"] = HERE / "agent.py"
-        self.lab.ssh(self.name, f"umount /run/remote_ram 2>/dev/null; rmmod remote_ram 2>/dev/null; mkdir -p {PROGRAMS} /run/remote_ram")
+        self.lab.ssh(self.name, f"umount /run/remote_ram 2>/dev/null; rmmod remote_ram 2>/dev/null; mkdir -p {PROGRAMS} /run/remote_ram", timeout=slow(300))
         for name, path in files.items():
-            self.lab.put(self.name, path, f"{PROGRAMS}/{name}", before=f"rm -f {PROGRAMS}/{name}")
+            self.lab.put(self.name, path, f"{PROGRAMS}/{name}", before=f"rm -f {PROGRAMS}/{name}", timeout=slow(120))
         if "modules.tar" in files:  # of a kernel that the host's image doesn't know
-            self.lab.ssh(self.name, f"tar -C / -xf {PROGRAMS}/modules.tar && depmod && modprobe kvm_amd && echo clear > /sys/kernel/debug/kmemleak")
-        siw = f"insmod {PROGRAMS}/siw.ko" if "siw.ko" in files else "modprobe siw"
-        link = f"{siw} 2>/dev/null; true" if transport == "siw" else "modprobe rdma_rxe"
+            unpack = f"tar -C / -xf {PROGRAMS}/modules.tar && depmod && modprobe kvm_amd && echo clear > /sys/kernel/debug/kmemleak"
+            self.lab.ssh(self.name, unpack, timeout=slow(300))
+        # One that is loaded may be another one.
+        driver = f"{{ test ! -e /sys/module/siw || rmmod siw; }} && insmod {PROGRAMS}/siw.ko" if transport == "siw" else "modprobe rdma_rxe"
         self.lab.ssh(
             self.name,
-            f"chmod +x {PROGRAMS}/*; modprobe -a ib_core iw_cm ib_uverbs libcrc32c rdma_ucm rdma_cm && {link} || exit 1; "
+            f"chmod +x {PROGRAMS}/*; modprobe -a ib_core iw_cm ib_uverbs libcrc32c rdma_ucm rdma_cm || exit 1; "
             f"for d in $(ls /sys/class/infiniband 2>/dev/null); do rdma link delete $d; done; "
-            f"rdma link add {transport}0 type {transport} netdev mig0 || exit 1; "
+            f"{driver} && rdma link add {transport}0 type {transport} netdev mig0 || exit 1; "
             f"insmod {PROGRAMS}/remote_ram.ko || exit 1; mount -t remote_ram none /run/remote_ram -o size=2G || exit 1; "
             # A task that waits for its peer on purpose may be killed, so it isn't counted as hung; these seconds find those that can't.
-            "sysctl -q kernel.hung_task_timeout_secs=60 kernel.hung_task_warnings=-1 kernel.panic_on_oops=0 2>/dev/null; true",
+            f"sysctl -q kernel.hung_task_timeout_secs={slow(60)} kernel.hung_task_warnings=-1 kernel.panic_on_oops=0 2>/dev/null; "
+            # The kernel's own patience with a CPU, of which a slow host has less.
+            f"sysctl -q kernel.watchdog_thresh={slow(10)}; echo {slow(21)} > /sys/module/rcupdate/parameters/rcu_cpu_stall_timeout",
+            timeout=slow(300),
         )
         self.connect()
 
     def leaks(self):
-        """Objects of the module that nothing points to, on a kernel that looks for such."""
-        # Twice, and not at once: what has been freed by RCU meanwhile is no leak.
-        said = self.sh("cd /sys/kernel/debug && test -e kmemleak || exit 0; echo scan > kmemleak; sleep 8; echo scan > kmemleak; cat kmemleak")
-        return [text for text in said.split("unreferenced object") if "[remote_ram]" in text]
+        """Objects that nothing points to, each with where it was made, on a kernel that looks for such; None on one that doesn't.
 
-    def uninstall(self):
-        """Unloads the module. :returns: what the kernel had to say about it."""
-        self.do("log")
+        It says so in its log too, which is for nobody else.
+        """
+        # Twice, and not at once: what has been freed by RCU meanwhile is no leak. A detector that has switched itself off refuses.
+        scan = "cd /sys/kernel/debug && { test -e kmemleak || exit 0; } && echo scan > kmemleak && sleep 8 && echo scan > kmemleak && cat kmemleak && echo end"
+        said = self.sh(scan)
+        return said.split("unreferenced object")[1:] if said else None
+
+    def unload(self):
+        """Unloads the module and ends the agent. :returns: what the kernel had to say about it."""
         self.sh("umount /run/remote_ram && rmmod remote_ram")
         time.sleep(0.2)
         said = self.do("log")
         self.disconnect()
         return said
+
+    def uninstall(self):
+        """The same, for those who have not looked at the log before."""
+        self.do("log")
+        return self.unload()
 
 
 class Program:
@@ -260,7 +293,7 @@ class File:
     def leave_dirty(self):
         """Has pages that the destination lacks, however much went ahead and however fast."""
         writer = self.run("w", threads=1)
-        time.sleep(0.3)
+        time.sleep(slow(0.3))
         assert writer.tell("stop")["bad"] == 0
         writer.kill()
         assert writer.reap(30) == -9
@@ -300,7 +333,7 @@ class File:
 
 def wait_for(what, seconds=60):
     """Until something is so: a generous limit, that judges nothing but that it ever comes."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + slow(seconds)
     while not what():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.05)
@@ -317,7 +350,7 @@ def two_hosts(lab):
 
 def slow_down(host, us):
     """Each demand READ of a host begins so much later, so that a test finds some to come; the judge ends it."""
-    host.sh(f"echo {us} > /sys/kernel/debug/remote_ram/inject_delay_us")
+    host.sh(f"echo {slow(us)} > /sys/kernel/debug/remote_ram/inject_delay_us")
 
 
 def dropping(*ways):

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from hosts import BACKGROUND, PRECOPY, wait_for
+from hosts import BACKGROUND, BANDWIDTH, PRECOPY, wait_for
 
 
 def moves(ram, count, seed):
@@ -209,7 +209,7 @@ def test_a_bandwidth_limit_and_its_end(ram):
     file.src("precopy", ms=60000, bandwidth=64 << 10)
     wait_for(lambda: file.src("stats")["pages_ahead"] > 0)
     assert file.src("stats")["pages_ahead"] < 1500
-    file.src("tune", what=1, value=0)
+    file.src("tune", what=BANDWIDTH, value=0)
     wait_for(lambda: file.src("stats")["pages_ahead"] > 1500)
     assert file.src("wait", states=[PRECOPY], ms=1000)[0] == PRECOPY
     file.src("precopy", ms=0)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from hosts import BACKGROUND, LOST, POSTCOPY, RECONNECTING, cut, wait_for
+from hosts import BACKGROUND, LOST, POSTCOPY, RECONNECTING, cut, slow, wait_for
 
 MIB = 96
 CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "pause-before-switchover")]
@@ -64,7 +64,7 @@ class Guest:
     def check(self):
         """Lets the guest check all its pages."""
         before = int(self.host.sh(f"grep -c full_check {self.log}", check=False) or 0)
-        self.host.sh(f"printf 'check\\n' | timeout 5 socat -t 1 - UNIX-CONNECT:{self.base}.serial >/dev/null; true")
+        self.host.sh(f"printf 'check\\n' | timeout {slow(5)} socat -t 1 - UNIX-CONNECT:{self.base}.serial >/dev/null; true")
         wait_for(lambda: int(self.host.sh(f"grep -c full_check {self.log}", check=False) or 0) > before, 150)
         said = self.host.sh(f"cat {self.log}")
         assert '"error"' not in said, said[-2000:]
@@ -162,7 +162,7 @@ def test_rule_6_a_guest_that_waits_without_a_line_can_be_killed(vm):
     wait_for(lambda: file.dst("stats")["faults_nowait"] > 0)
     with cut(file.dest, "drop"):
         wait_for(lambda: file.dst("stats")["state"] == RECONNECTING)
-        time.sleep(2)
+        time.sleep(slow(2))
         guests[1].kill()
         # All of its threads: the first one may be gone while others are stuck.
         wait_for(lambda: file.dest.sh(f"test -e /proc/{guests[1].pid} || echo gone", check=False) == "gone\n")

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hosts import BACKGROUND, CONNECTED, FAILED, LISTENING, LOST, POSTCOPY, REASONS, RECONNECTING, wait_for
+from hosts import BACKGROUND, CONNECTED, FAILED, LISTENING, LOST, POSTCOPY, REASONS, RECONNECTING, slow, wait_for
 from hosts import COMPLETE as HAS_ALL  # a state; here COMPLETE is a message
 
 MAGIC = 0x4D415252
@@ -60,7 +60,7 @@ class Peer:
     def next(self, kind, patience=20000):
         """The next message of a kind; others are passed over."""
         while True:
-            answer = self.tell("recv", BULK, patience)
+            answer = self.tell("recv", BULK, slow(patience))
             assert answer.get("message"), answer
             data = bytes.fromhex(answer["message"])
             if data[4] == kind:
@@ -267,7 +267,7 @@ def test_rule_5_who_has_all_pages_keeps_them(ram, peer):
     hostile.next(COMPLETE)
     hostile.tell("send", BULK, message(ABORT, struct.pack("<I", 11)))
     hostile.tell("send", BULK, message(BYE))
-    time.sleep(1)
+    time.sleep(slow(1))
     assert file.dst("stats")["state"] == HAS_ALL
     file.dst("release")
     file.turn_round()

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from hosts import BACKGROUND, COMPLETE, CONNECTED, POSTCOPY, Program, wait_for
+from hosts import BACKGROUND, COMPLETE, CONNECTED, POSTCOPY, Program, slow, slow_down, wait_for
 
 ALL_WRITES = "wwwwwwcrzhmpvk"
 
@@ -74,7 +74,7 @@ def test_rule_1_holes_punched_while_pages_are_on_their_way(ram):
     file = ram(6).connect()
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
-    file.dest.sh("echo 2000 > /sys/kernel/debug/remote_ram/inject_delay_us")
+    slow_down(file.dest, 2000)
     puncher = file.run("hhmmcw", threads=8, host=file.dest)
     file.dst("tune", what=BACKGROUND, value=1)
     file.complete()
@@ -106,8 +106,8 @@ def test_rule_1_writes_from_the_files_own_mapping_while_holes_are_punched(ram):
     file = ram(4).connect()
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
-    file.dest.sh("echo 500 > /sys/kernel/debug/remote_ram/inject_delay_us")
-    file.dest.sh(f"timeout -s KILL 100 python3 -c {shlex.quote(OWN)} {file.path}")
+    slow_down(file.dest, 500)
+    file.dest.sh(f"timeout -s KILL {slow(100)} python3 -c {shlex.quote(OWN)} {file.path}")
     file.dst("tune", what=BACKGROUND, value=1)
     assert file.complete()["pages_missing"] == 0
 
@@ -292,14 +292,14 @@ def test_rule_6_killed_while_it_waits(ram):
     file = ram(4).connect()
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
-    file.dest.sh("echo 3000000 > /sys/kernel/debug/remote_ram/inject_delay_us; true")
+    slow_down(file.dest, 500000)
     programs = [file.check("map", threads=4, later=True) for _turn in range(2)]
     wait_for(lambda: file.dst("stats")["faults_retry"] > 0)
     for program in programs:
         program.kill()
     for program in programs:
         assert program.reap(30) == -9
-    file.dest.sh("echo 0 > /sys/kernel/debug/remote_ram/inject_delay_us")
+    slow_down(file.dest, 0)
     file.dst("tune", what=BACKGROUND, value=1)
     file.complete()
     file.check("map")
