@@ -22,6 +22,11 @@ import threading
 import time
 
 MOUNT = "/run/remote_ram"
+#: What tests set, as it is otherwise.
+SET = (
+    ("/sys/kernel/debug/remote_ram/inject_delay_us", "0"), ("/sys/kernel/debug/remote_ram/inject_fail", "0"),
+    ("/sys/module/remote_ram/parameters/busy_poll_us", "0"), ("/sys/module/remote_ram/parameters/sink_keys", "N"),
+)  # fmt: skip
 SESSION, PRECOPY, SWITCH, WAIT, TUNE = "<II16s16s128sIIIIQII", "<IIIIQQ", "<IIIIQQ", "<IIIIII", "<IIQ"
 STATS = "<IIIIII29Q64Q"
 NAMES = (
@@ -92,7 +97,10 @@ class Agent:
         self, name, what, address, port=7000, token="t" * 16, uuid="u" * 16,
         connect_ms=0, reconnect_ms=0, heartbeat_ms=0, dead_ms=0, bandwidth=0,
     ):  # fmt: skip
-        sockaddr = struct.pack("<H", socket.AF_INET) + struct.pack(">H", port) + socket.inet_aton(address) + bytes(120)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        # An IPv6 address comes after a flow label.
+        sockaddr = struct.pack("<H", family) + struct.pack(">H", port) + bytes(4 if ":" in address else 0) + socket.inet_pton(family, address)
+        sockaddr = sockaddr.ljust(128, b"\0")
         times = connect_ms, reconnect_ms, heartbeat_ms, dead_ms
         found = call(self.file(name), what, SESSION, 0, uuid.encode(), token.encode(), sockaddr, *times, bandwidth, 0, 0)
         return struct.unpack(">H", found[4][2:4])[0]
@@ -275,7 +283,12 @@ class Agent:
             return None
 
     def clean(self, seconds=20):
-        """Ends what a test left: programs first, then sessions, then files."""
+        """Ends what a test left: what it set and its shadows, then programs, then sessions, then files."""
+        for path, value in SET:
+            with open(path, "w") as file:
+                file.write(value)
+        for path in glob.glob("/dev/shm/*.ram"):
+            os.unlink(path)
         for pid, program in list(self.programs.items()):
             for path in (f"/proc/{pid}/cgroup",):
                 if not os.path.exists(path):

@@ -70,7 +70,7 @@ def lab(request):
         finally:
             lab.down()
         return
-    lab = tools.lab_module.Lab(folder / "lab")
+    lab = tools.lab_module.Lab(folder / "lab", tools.NAMES)
     tools.two_hosts(lab)
     yield lab
 
@@ -144,31 +144,30 @@ class Pair:
 
     def judge(self, allowed):
         """Cleans up after a test. :returns: what is wrong with the hosts."""
-        wrong, hurt = [], []
-        for number, host in enumerate(self.hosts):
-            try:
-                host.sh(
-                    "nft delete table inet cut 2>/dev/null; tc qdisc del dev mig0 root 2>/dev/null; ip link set mig0 up; rm -f /dev/shm/*.ram; "
-                    "cd /sys/kernel/debug/remote_ram && for f in inject_delay_us inject_fail; do echo 0 > $f; done; "
-                    "cd /sys/module/remote_ram/parameters && echo 0 > busy_poll_us && echo N > sink_keys"
-                )
-                host.do("clean")
-                baseline = self.baseline[number]
-                try:
-                    tools.wait_for(lambda h=host, b=baseline: h.do("state") == b, 15)
-                except AssertionError:
-                    wrong.append(f"{host.name} keeps {host.do('state')}, had {baseline}")
-                    hurt.append(host)
-                said = alarms(host.do("log"), allowed)
-                if said:
-                    wrong.append(f"{host.name} says: " + "\n".join(said))
-                    hurt.append(host)
-                    self.reports += said
-            except (tools.HostGone, OSError, AssertionError) as err:
-                wrong.append(f"{err}; its console:\n{tools.console(self.lab, host.name)}")
-                hurt.append(host)
+        found = {}
+        tools.lab_module.each(lambda host: found.update({host: self.look_at(host, allowed)}), self.hosts)
+        hurt = [host for host in self.hosts if found[host]]
         if hurt:
-            self.restart(list(dict.fromkeys(hurt)))
+            self.restart(hurt)
+        return [text for host in hurt for text in found[host]]
+
+    def look_at(self, host, allowed):
+        """Cleans a host up. :returns: what is wrong with it."""
+        wrong, baseline = [], self.baseline[self.hosts.index(host)]
+        try:
+            if host.cut:
+                host.sh(tools.JOIN)
+            host.do("clean")
+            try:
+                tools.wait_for(lambda: host.do("state") == baseline, 15)
+            except AssertionError:
+                wrong.append(f"{host.name} keeps {host.do('state')}, had {baseline}")
+            said = alarms(host.do("log"), allowed)
+            if said:
+                wrong.append(f"{host.name} says: " + "\n".join(said))
+                self.reports += said
+        except (tools.HostGone, OSError, AssertionError) as err:
+            wrong.append(f"{err}; its console:\n{tools.console(self.lab, host.name)}")
         return wrong
 
 

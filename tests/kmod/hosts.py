@@ -23,6 +23,8 @@ import lab as lab_module
 
 NAMES = ("hv1", "hv2")
 PROGRAMS = "/root/kmod"
+LOAD = f"insmod {PROGRAMS}/remote_ram.ko && mount -t remote_ram none /run/remote_ram -o size=2G"
+UNLOAD = "umount /run/remote_ram && rmmod remote_ram"
 PATIENCE = 180  # seconds after which a host that doesn't answer counts as gone
 
 #: How many times longer than usual all takes on the hosts: 1, or SLOW on the debug kernel. Set before anything else is done.
@@ -36,6 +38,9 @@ NONE, LISTENING, CONNECTING, CONNECTED, PRECOPY, SWITCHING, POSTCOPY, RECONNECTI
 REASONS = "none version token uuid size busy state protocol unreachable timeout disconnected aborted peer_aborted no_memory device".split()
 BANDWIDTH, BUSY_POLL_US, BATCH_PAGES, BACKGROUND = 1, 2, 3, 4
 MIB = 1 << 20
+
+#: The migration network as it has to be, whatever a test has left.
+JOIN = "nft delete table inet cut 2>/dev/null; tc qdisc del dev mig0 root 2>/dev/null; ip link set mig0 up"
 
 #: What the kernel says only when something is wrong with it.
 ALARMS = ("BUG:", "WARNING:", "Oops", "Call Trace", "general protection", "hung_task", "blocked for more than", "soft lockup", "lockdep",
@@ -55,6 +60,16 @@ def in_time(do, order):
         return order
     told = {**UNTOLD.get(do, {}), **order}
     return {key: slow(value) if key in ("ms", "seconds") or key.endswith("_ms") else value for key, value in told.items()}
+
+
+#: Reads pages through another process's memory, where it has mapped a file of ours, and says how many bytes came.
+READER = """
+import os, sys
+pid, name, count, step = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+first = next(line for line in open(f"/proc/{pid}/maps") if "remote_ram" in line or name in line).split("-")[0]
+memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+print(sum(len(os.pread(memory, 4096, int(first, 16) + page * 4096)) for page in range(0, count, step)))
+"""
 
 
 class HostGone(Exception):
@@ -97,6 +112,7 @@ class Host:
         self.lab, self.name = lab, name
         self.address = lab_module.migration_address(name)
         self.agent = self.transport = self.peer = None
+        self.cut = False  # by cut(), below
 
     def connect(self):
         self.agent = subprocess.Popen(
@@ -151,6 +167,11 @@ class Host:
     def program(self, verb, *arguments, cgroup=None):
         return Program(self, [f"{PROGRAMS}/ram", verb, *map(str, arguments)], cgroup)
 
+    def reader(self, pid, file, step):
+        """A command that reads every so many pages of a file through a process that has it mapped, and how many bytes it has to find."""
+        self.do("put", path=f"{PROGRAMS}/reader.py", data=base64.b64encode(READER.encode()).decode())
+        return f"python3 {PROGRAMS}/reader.py {pid} {file.name} {file.pages} {step}", str(len(range(0, file.pages, step)) * 4096)
+
     def hostile(self):
         """A peer that does what it is told; see kmod-src/tests/hostile.c."""
         program = Program(self, [f"{PROGRAMS}/hostile", str(slow(5000))])
@@ -159,7 +180,7 @@ class Host:
 
     def install(self, folder, transport):
         """Loads the modules and mounts the file system, with one kind of device on the migration network."""
-        self.transport = transport
+        self.transport, self.cut = transport, False
         files = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"}
         files["agent.py"] = HERE / "agent.py"
         self.lab.ssh(self.name, f"umount /run/remote_ram 2>/dev/null; rmmod remote_ram 2>/dev/null; mkdir -p {PROGRAMS} /run/remote_ram", timeout=slow(300))
@@ -172,10 +193,10 @@ class Host:
         driver = f"{{ test ! -e /sys/module/siw || rmmod siw; }} && insmod {PROGRAMS}/siw.ko" if transport == "siw" else "modprobe rdma_rxe"
         self.lab.ssh(
             self.name,
-            f"chmod +x {PROGRAMS}/*; modprobe -a ib_core iw_cm ib_uverbs libcrc32c rdma_ucm rdma_cm || exit 1; "
+            f"{JOIN}; chmod +x {PROGRAMS}/*; modprobe -a ib_core iw_cm ib_uverbs libcrc32c rdma_ucm rdma_cm || exit 1; "
             f"for d in $(ls /sys/class/infiniband 2>/dev/null); do rdma link delete $d; done; "
             f"{driver} && rdma link add {transport}0 type {transport} netdev mig0 || exit 1; "
-            f"insmod {PROGRAMS}/remote_ram.ko || exit 1; mount -t remote_ram none /run/remote_ram -o size=2G || exit 1; "
+            f"{LOAD} || exit 1; "
             # A task that waits for its peer on purpose may be killed, so it isn't counted as hung; these seconds find those that can't.
             f"sysctl -q kernel.hung_task_timeout_secs={slow(60)} kernel.hung_task_warnings=-1 kernel.panic_on_oops=0 2>/dev/null; "
             # The kernel's own patience with a CPU, of which a slow host has less.
@@ -196,7 +217,7 @@ class Host:
 
     def unload(self):
         """Unloads the module and ends the agent. :returns: what the kernel had to say about it."""
-        self.sh("umount /run/remote_ram && rmmod remote_ram")
+        self.sh(UNLOAD)
         time.sleep(0.2)
         said = self.do("log")
         self.disconnect()
@@ -263,7 +284,7 @@ class File:
         return self.dest.do(do, name=self.name, **order)
 
     def attach(self, **options):
-        self.port = self.dst("session", what="attach", address="0.0.0.0", port=0, **options)
+        self.port = self.dst("session", what="attach", **{"address": "0.0.0.0", "port": 0, **options})
         return self.port
 
     def export(self, **options):
@@ -377,12 +398,14 @@ def cut(host, how):
     if host.transport == "rxe":
         hosts, begin, end = [host, host.peer], dropping("input"), "nft delete table inet cut"
     for each in hosts:
+        each.cut = True
         each.sh(begin)
     try:
         yield
     finally:
         for each in hosts:
             each.sh(end)
+            each.cut = False
 
 
 def console(lab, name):

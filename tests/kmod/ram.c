@@ -12,7 +12,8 @@
  *   ram hold FILE                    keep it mapped and do as told
  *
  * Each prints JSON, one object a line. "run" and "hold" take commands, one a
- * line. OPS are letters, see step(); HOW is map, read, mem, vm or write.
+ * line. OPS are letters, see step(); HOW is map, read, mem, vm, write, or left
+ * (by read(2), of a file that has lost pages: those are counted).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,9 +28,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/ptrace.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #ifndef MADV_COLLAPSE
@@ -50,7 +53,7 @@ static const char *how;
 
 static atomic_bool running, ending;
 static atomic_uint resting;
-static atomic_ulong steps, bad;
+static atomic_ulong steps, bad, lost;
 static atomic_bool told;
 
 static void die(const char *what)
@@ -135,8 +138,54 @@ static void write_marks(unsigned long page, uint32_t count)
 			mark(page, count, i);
 }
 
+/*
+ * Whether a page is wrong, as a child sees it: where it has it mapped itself,
+ * or as a debugger of a thread of its parent, which it stops. 2: can't say.
+ */
+static int look(unsigned long page, uint32_t count, pid_t thread)
+{
+	char *at = ram + page * PAGE;
+	long copy[PAGE / sizeof(long)];
+	unsigned long i;
+	int status;
+
+	if (!thread)
+		return differs(at, page, count, MARKS) >= 0;
+	if (ptrace(PTRACE_ATTACH, thread, NULL, NULL) ||
+	    waitpid(thread, &status, __WALL) != thread)
+		return 2;
+	for (i = 0; i < PAGE / sizeof(long); i++) {
+		errno = 0;
+		copy[i] = ptrace(PTRACE_PEEKDATA, thread, at + i * sizeof(long), NULL);
+		if (errno)
+			return 2;
+	}
+	if (ptrace(PTRACE_DETACH, thread, NULL, NULL))
+		return 2;
+	return differs((char *)copy, page, count, MARKS) >= 0;
+}
+
+static void let_look(unsigned long page, uint32_t count, bool debugger)
+{
+	pid_t thread = debugger ? gettid() : 0;
+	pid_t child = fork();
+	int status;
+
+	if (!child)
+		_exit(look(page, count, thread));
+	while (child < 0 || waitpid(child, &status, 0) < 0)
+		if (child < 0 || errno != EINTR)
+			die("child");
+	if (!WIFEXITED(status) || WEXITSTATUS(status) > 1) {
+		errno = EIO;
+		die("what a child sees");
+	}
+	bad += WEXITSTATUS(status);
+}
+
 /* One access to a page that is this thread's alone. */
-static void step(unsigned long page, char op, char *buf, int disk, unsigned int t)
+static void step(unsigned long page, char op, char *buf, int disk, int mem,
+		 unsigned int t)
 {
 	uint32_t count = shadow[page];
 	char *at = ram + page * PAGE;
@@ -150,6 +199,15 @@ static void step(unsigned long page, char op, char *buf, int disk, unsigned int 
 		if (pread(fd, buf, PAGE, page * PAGE) != PAGE)
 			die("pread");
 		verify(buf, page, MARKS, "pread");
+		break;
+	case 'g':	/* check as a debugger reads, with the lock held */
+		if (pread(mem, buf, PAGE, (off_t)(uintptr_t)at) != PAGE)
+			die("read of /proc/self/mem");
+		verify(buf, page, MARKS, "mem");
+		break;
+	case 'f':	/* let a child check */
+	case 't':	/* let one check that stops this thread */
+		let_look(page, count, op == 't');
 		break;
 	case 'w':	/* write */
 		verify(at, page, MARKS, "run");
@@ -208,8 +266,13 @@ static void *run_thread(void *arg)
 	uint64_t random = 0x1234567 + t * 7919 + getpid();
 	char *buf = aligned_alloc(PAGE, PAGE);
 	size_t ops = strlen(how);
-	int disk = -1;
+	int disk = -1, mem = -1;
 
+	if (strchr(how, 'g')) {
+		mem = open("/proc/self/mem", O_RDONLY);
+		if (mem < 0)
+			die("/proc/self/mem");
+	}
 	if (strchr(how, 'd')) {
 		disk = open("/var/tmp/ram.disk", O_RDWR | O_CREAT | O_DIRECT, 0600);
 		if (disk < 0)
@@ -224,7 +287,7 @@ static void *run_thread(void *arg)
 			continue;
 		}
 		step(draw(&random) % (pages / threads) * threads + t,
-		     how[draw(&random) % ops], buf, disk, t);
+		     how[draw(&random) % ops], buf, disk, mem, t);
 		/* One CPU is shared with all that is to be tested. */
 		if (++n % 16 == 0)
 			usleep(500);
@@ -285,6 +348,13 @@ static void *check_thread(void *arg)
 			if (pread(fd, buf, PAGE, page * PAGE) != PAGE)
 				die("pread");
 			verify(buf, page, MARKS, how);
+		} else if (!strcmp(how, "left")) {
+			if (pread(fd, buf, PAGE, page * PAGE) == PAGE)
+				verify(buf, page, MARKS, how);
+			else if (errno == EIO)
+				lost++;
+			else
+				die("pread");
 		} else if (!strcmp(how, "mem")) {
 			if (pread(mem, buf, PAGE, (off_t)(uintptr_t)at) != PAGE)
 				die("read of /proc/self/mem");
@@ -315,7 +385,8 @@ static void check(void)
 		pthread_create(&thread[t], NULL, check_thread, (void *)(uintptr_t)t);
 	for (t = 0; t < threads; t++)
 		pthread_join(thread[t], NULL);
-	printf("{\"pages\": %lu, \"looked\": %lu, \"bad\": %lu}\n", pages, steps, bad);
+	printf("{\"pages\": %lu, \"looked\": %lu, \"bad\": %lu, \"lost\": %lu}\n",
+	       pages, steps, bad, lost);
 }
 
 static void fill(void)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from hosts import BACKGROUND, BANDWIDTH, COMPLETE, CONNECTED, FAILED, LOST, POSTCOPY, RECONNECTING, cut, slow, slow_down, wait_for
+from hosts import BACKGROUND, BANDWIDTH, BUSY_POLL_US, COMPLETE, CONNECTED, FAILED, LOAD, LOST, POSTCOPY, RECONNECTING, UNLOAD, cut, slow, slow_down, wait_for
 
 QUICK = {"heartbeat_ms": 300, "dead_ms": 1500}
 
@@ -59,6 +59,31 @@ def test_nobody_listens(ram):
         file.export(port=7999, connect_ms=300)
     assert caught.value.reason in ("unreachable", "timeout")
     assert file.states() == (0, 0)
+
+
+@pytest.mark.parametrize("listening", ["::", "fd77::2"])
+def test_addresses_of_ipv6(ram, hosts, transport, listening):
+    off = "net.ipv6.conf.mig0.disable_ipv6"
+    before = [host.sh(f"sysctl -n {off}").strip() for host in hosts]
+    try:
+        for number, host in enumerate(hosts, 1):
+            host.sh(f"sysctl -q {off}=0; ip -6 addr add fd77::{number}/64 dev mig0 nodad")
+            if transport == "rxe":
+                # The device takes it up a little later.
+                gid = f"fd77:{'0000:' * 6}000{number}"
+                wait_for(lambda h=host, g=gid: g in h.sh("cat /sys/class/infiniband/rxe0/ports/1/gids/* 2>/dev/null", check=False))
+        file = ram(2)
+        file.attach(address=listening)
+        file.export(address="fd77::2")
+        file.precopy(300)
+        file.leave_dirty()
+        file.switch()
+        file.check()
+        file.complete()
+        file.release()
+    finally:
+        for number, host in enumerate(hosts, 1):
+            host.sh(f"ip -6 addr del fd77::{number}/64 dev mig0; sysctl -q {off}={before[number - 1]}")
 
 
 def test_calls_in_the_wrong_state(ram):
@@ -116,7 +141,7 @@ def test_cut_during_the_switch(ram):
     file.release()
 
 
-@pytest.mark.parametrize("how,seconds", [("drop", 1), ("down", 3), ("loss", 3)])
+@pytest.mark.parametrize("how,seconds", [("drop", 1), ("down", 3), ("loss", 10)])
 def test_rule_4_cut_after_the_switch(ram, how, seconds):
     """Only those wait who touch what is missing, and they go on by themselves."""
     file = ram().connect(**QUICK)
@@ -178,6 +203,34 @@ def test_rule_4_who_waits_for_a_connection_sleeps(ram):
     file.complete()
 
 
+def test_a_thread_may_spin_before_it_sleeps(ram):
+    """As long as it was told and no longer: a page that does not come costs that much CPU time, once."""
+    file, spent, late = ram(1), [], []
+    file.dest.sh("echo 500000 > /sys/module/remote_ram/parameters/busy_poll_us")
+    file.connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    with pytest.raises(OSError):
+        file.dst("tune", what=BUSY_POLL_US, value=1000001)
+    file.switch()
+    programs = [file.dest.program("hold", file.path) for _turn in range(2)]
+    with cut(file.dest, "drop"):
+        for number, program in enumerate(programs):
+            program.hear()
+            ticks = f"cut -d' ' -f15 /proc/{program.pid}/stat"
+            before, faults = int(file.dest.sh(ticks)), file.dst("stats")["faults_retry"]
+            late.append(program.tell_later(f"peek {100 + number}"))
+            wait_for(lambda f=faults: file.dst("stats")["faults_retry"] > f)
+            time.sleep(slow(1))
+            spent.append(int(file.dest.sh(ticks)) - before)
+            file.dst("tune", what=BUSY_POLL_US, value=0)
+    assert all("value" in answer() for answer in late)
+    # 50 of what spun all the time.
+    assert spent[1] < 10 < spent[0], spent
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    file.check()
+
+
 @pytest.mark.expect("hardware memory corruption")
 def test_rule_4_cut_for_good(ram):
     """What is missing is lost, page by page: a machine check for those, and the rest can be read. Who waits stays killable."""
@@ -234,6 +287,60 @@ def test_rule_4_the_device_goes_while_pages_arrive(ram, transport):
     file.dst("tune", what=BACKGROUND, value=1)
     file.judge(reader)
     file.complete()
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_rule_3_the_module_is_unloaded_at_the_peer(ram, side):
+    """Nobody holds the file there, so it may be. Here that is a lost connection, and the next attempt is like the first."""
+    file = ram(6).connect()
+    gone, stays = (file.source, file.dst) if side == "source" else (file.dest, file.src)
+    writer = file.run("wzhp") if side == "destination" else None
+    file.src("precopy", ms=60000)
+    wait_for(lambda: file.src("stats")["pages_ahead"] > 50)
+    gone.do("close", name=file.name)
+    try:
+        gone.sh(UNLOAD)
+        assert stays("wait", states=[], ms=60000)[0] == FAILED
+        stays("release")
+    finally:
+        gone.sh(LOAD)
+    file.create(gone)
+    if side == "source":
+        file.fill()
+    file.connect()
+    file.precopy(300)
+    if writer:
+        assert writer.tell("stop")["bad"] == 0
+    file.switch()
+    file.check()
+    file.complete()
+
+
+@pytest.mark.expect("hardware memory corruption")
+@pytest.mark.parametrize("how", ["unlinked", "unloaded"])
+def test_rule_4_what_served_is_taken_away(ram, how):
+    """A file serves without a descriptor, and without a name. Without both it is gone, and what is missing is lost as after a cut for good."""
+    file = ram(2).connect(reconnect_ms=2000)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    program = file.dest.program("hold", file.path)
+    program.hear()
+    file.src("unlink" if how == "unlinked" else "close")
+    here = program.tell("peek 3")
+    assert here.get("value"), here
+    if how == "unlinked":
+        file.src("close")
+        end, again = "true", "true"
+    else:
+        end, again = UNLOAD, LOAD
+    try:
+        file.source.sh(end)
+        assert file.dst("wait", states=[], ms=60000)[0] == LOST
+    finally:
+        file.source.sh(again)
+    assert program.tell("peek 3") == here
+    assert program.tell("peek 400") == {"sigbus": 4}
+    assert file.dst("stats")["pages_lost"] > 400
 
 
 # -- ended -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from hosts import BACKGROUND, BANDWIDTH, PRECOPY, wait_for
+from hosts import BACKGROUND, BANDWIDTH, PRECOPY, slow, slow_down, wait_for
 
 
 def moves(ram, count, seed):
@@ -218,6 +218,79 @@ def test_a_bandwidth_limit_and_its_end(ram):
     file.complete()
 
 
+def says_how_long(stats, left):
+    """What a source reckons with what it says in the same answer."""
+    assert stats["remaining_us"] == (stats[left] * 4096 * 10**6 // stats["rate"] if stats["rate"] else 2**64 - 1), stats
+
+
+def test_what_is_left_and_how_long_it_will_take(ram):
+    file = ram(8).connect()
+    assert file.src("stats")["remaining_us"] == file.dst("stats")["remaining_us"] == 2**64 - 1
+    file.src("precopy", ms=60000, bandwidth=(1 << 20) // slow(1))
+    wait_for(lambda: file.src("stats")["rate"] > 0)
+    says_how_long(file.src("stats"), "pages_dirty")
+    file.src("precopy", ms=0)
+    file.dst("tune", what=BANDWIDTH, value=(1 << 20) // slow(1))
+    file.switch()
+    wait_for(lambda: file.dst("stats")["rate"] > 0)
+    stats = file.dst("stats")
+    # More may have arrived since it was reckoned, as much as is under way at once.
+    assert stats["pages_missing"] - 1 <= stats["remaining_us"] * stats["rate"] / 10**6 / 4096 < stats["pages_missing"] + 4 * 32, stats
+    wait_for(lambda: 0 < file.src("stats")["pages_missing"] < file.src("stats")["pages_dirty"])
+    says_how_long(file.src("stats"), "pages_missing")
+    file.dst("tune", what=BANDWIDTH, value=0)
+    file.complete()
+
+
+def test_how_long_faults_have_waited(ram):
+    """Each wait is in its bucket, and the source shows what its destination has counted."""
+    file = ram(1).connect()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    slow_down(file.dest, 3000)
+    file.check(threads=1)
+    stats = file.complete()
+    waits, longest = stats["wait_hist"], stats["wait_ns_max"] // 1000
+    # Bucket 12 begins at 2048 us: nobody had to wait for less than the injected delay.
+    assert sum(waits) > 0 and sum(waits[:12]) == 0, waits
+    assert longest.bit_length() == max(bucket for bucket, number in enumerate(waits) if number), (longest, waits)
+    least, most = (1000 * sum(number << bucket for bucket, number in enumerate(waits)) // half for half in (2, 1))
+    assert least <= stats["wait_ns_total"] < most, (stats["wait_ns_total"], waits)
+    assert sum(stats["read_hist"]) == stats["pages_demand"] > 0
+    # The last that waited may not have been counted when the source was told that all is in.
+    told = file.src("stats")
+    assert told["read_hist"] == stats["read_hist"] and sum(waits) - sum(told["wait_hist"]) in (0, 1), (told, stats)
+
+
+def test_tracepoints_fire(ram, hosts):
+    """Each of them, at one end or the other, in a move with pages ahead, on demand and in the background."""
+    tracing = "/sys/kernel/tracing"
+    try:
+        for host in hosts:
+            host.sh(f"cd {tracing} && echo > trace && echo 1 > tracing_on && echo 1 > events/remote_ram/enable")
+        file = ram(4).connect()
+        writer = file.source.program("hold", file.path)
+        writer.hear()
+        file.precopy(3600000, stop=1)
+        assert writer.tell("sweep 0 1000") == {"ret": 0, "errno": 0}
+        file.dst("tune", what=BACKGROUND, value=0)
+        file.switch()
+        there = file.dest.program("hold", file.path)
+        there.hear()
+        assert there.tell("peek 700") == {"value": 1700}
+        file.dst("tune", what=BACKGROUND, value=1)
+        file.complete()
+        said = "".join(host.sh(f"cat {tracing}/trace") for host in hosts)
+    finally:
+        for host in hosts:
+            host.sh(f"cd {tracing} && echo 0 > events/remote_ram/enable && echo > trace")
+    events = hosts[0].sh(f"ls -d {tracing}/events/remote_ram/*/ | xargs -n 1 basename").split()
+    assert len(events) >= 6
+    assert [event for event in events if f" {event}: ino=" not in said] == []
+    for cause in ("ahead", "demand", "background"):
+        assert f"cause={cause}" in said
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_calls_with_arguments_at_random(ram, seed):
     """An error, never an oops; in no session, and in the middle of one."""
@@ -240,6 +313,46 @@ def test_limits_of_the_mount(hosts):
     with pytest.raises(OSError):
         host.do("create", name="more.ram", size=1 << 30)
     assert "1572864" in host.sh("stat -f -c '%b %a %S' /run/remote_ram; df -k --output=used /run/remote_ram")
+
+
+def test_options_of_a_mount(hosts):
+    host, where = hosts[0], "/run/limited"
+    host.sh(f"mkdir -p {where} && mount -t remote_ram none {where} -o size=4M,file_size=2M,nr_files=3,uid=1,gid=2,mode=750")
+
+    def refused(command, why=""):
+        said = host.sh(f"{command} 2>&1 || echo refused")
+        assert said.endswith("refused\n") and why in said, (command, said)
+
+    def as_user(uid, command):
+        return f"setpriv --reuid {uid} --regid {uid} --clear-groups {command}"
+
+    try:
+        shown = next(line for line in host.sh("cat /proc/mounts").splitlines() if f" {where} " in line).split()[3]
+        assert {"size=4194304", "file_size=2097152", "nr_files=3", "uid=1", "gid=2", "mode=750"} <= set(shown.split(",")), shown
+        # Whose it is.
+        assert host.sh(f"stat -c '%a %u %g' {where}") == "750 1 2\n"
+        host.sh(as_user(1, f"sh -c 'umask 077; truncate -s 2M {where}/one'"))
+        assert host.sh(f"stat -c '%a %u %g' {where}/one") == "600 1 1\n"
+        refused(as_user(3, f"truncate -s 4096 {where}/own"), "Permission denied")
+        host.sh(f"chmod 755 {where}")
+        refused(as_user(3, f"cat {where}/one"), "Permission denied")
+        host.sh(f"chown 3:3 {where}/one && chmod 400 {where}/one && {as_user(3, f'cat {where}/one')} >/dev/null")
+        # How much of it there may be.
+        refused(f"truncate -s 3M {where}/one", "File too large")
+        host.sh(f"truncate -s 2M {where}/two")
+        refused(f"truncate -s 4096 {where}/three", "No space left")
+        refused(f"truncate -s 0 {where}/four", "No space left")
+        assert host.sh(f"stat -f -c '%S %b %f %c %d' {where}") == "4096 1024 0 3 0\n"
+        # Limits change; not below what is in use.
+        refused(f"mount -o remount,size=3M {where}")
+        host.sh(f"mount -o remount,size=50%,file_size=0,nr_files=4 {where} && truncate -s 3M {where}/one && truncate -s 4096 {where}/four")
+        memory = int(host.sh("grep MemTotal /proc/meminfo").split()[1])
+        assert int(host.sh(f"stat -f -c %b {where}")) == memory // 4 // 2
+        refused(f"truncate -s 0 {where}/five", "No space left")
+        for wrong in ("size=much", "mode=9", "nr_files=4x", "uid=-2", "colour=red"):
+            refused(f"mount -t remote_ram none /mnt -o {wrong}")
+    finally:
+        host.sh(f"umount /mnt 2>/dev/null; umount {where} && rmdir {where}")
 
 
 def test_writes_beyond_two_gib(hosts):
