@@ -8,6 +8,7 @@ Pure functions over what the tools print. ``_rdma_host`` runs them.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 
@@ -19,6 +20,15 @@ MR_PAGES = {"siw": 256, "rxe": 512}
 
 #: RDMA drivers of network cards by the driver of their network interface, and the module that has to be loaded for it.
 HARDWARE = {"mlx5_core": "mlx5_ib", "ice": "irdma", "i40e": "irdma", "cxgb4": "iw_cxgb4", "bnxt_en": "bnxt_re"}
+
+#: What can keep a card from having an RDMA device although its RDMA driver is loaded, by the driver of the network interface.
+SWITCHED_OFF = {
+    "mlx5_core": "its parameter enable_roce may be off (devlink dev param show)",
+    "ice": "its parameters enable_roce and enable_iwarp may both be off (devlink dev param show)",
+    "i40e": "of its cards only the X722 has RDMA",
+    "cxgb4": "the configuration of its firmware may leave no room for RDMA",
+    "bnxt_en": "its option support_rdma may be off, which Broadcom's tool niccli sets",
+}
 
 #: What has to be agreed on both ends, by protocol.
 TRANSPORTS = {"iw": "iwarp", "roce": "roce", "ib": "infiniband"}
@@ -125,24 +135,34 @@ def users(resources: dict, name: str) -> list[str]:
 # ---- which transport
 
 
-def choose(wanted: str, netdev: str, found: list, drivers: dict, source: str | None, kernel: str) -> dict:
+def no_hardware(netdev: str, found: list, card: str | None, loaded: bool) -> str:
+    """Why a network interface has no RDMA hardware.
+
+    :param card: the driver of the interface.
+    :param loaded: whether the RDMA driver that belongs to it is loaded.
+    """
+    real = [f"{device['name']} on {', '.join(port['netdev'] or '?' for port in device['ports'])}" for device in found if not device["soft"]]
+    only = f", only {'; '.join(real)}" if real else ""
+    if card not in HARDWARE:
+        return f"{netdev} has no RDMA hardware{only}"
+    if not loaded:
+        return f"{netdev}, a card of the driver {card}, has no RDMA device{only}: its RDMA driver {HARDWARE[card]} is not loaded"
+    return f"{netdev}, a card of the driver {card}, has no RDMA device{only}, although {HARDWARE[card]} is loaded: {SWITCHED_OFF[card]}; see the kernel's log"
+
+
+def choose(wanted: str, netdev: str, found: list, drivers: dict, source: str | None, kernel: str, card: str | None = None, loaded: bool = False) -> dict:
     """The transport that a network interface takes.
 
     :param wanted: ``auto``, ``hw``, ``siw`` or ``rxe``.
     :param found: what :func:`devices` returns.
     :param drivers: ``{siw: loaded | available | missing, rxe: ...}``.
     :param source: a source that siw can be built from, None without one.
+    :param card: the driver of the interface, and ``loaded`` whether the RDMA driver that belongs to it is.
     :returns: ``transport``, ``why``, ``device`` (None until it is made) and ``build`` (what siw has to be built from, else None).
     :raises RdmaError: there is none.
     """
     hardware = [device for device in on_netdev(found, netdev) if not device["soft"]]
-    refused = {}
-    if hardware:
-        device = hardware[0]
-        refused["hw"] = None
-    else:
-        real = [f"{device['name']} on {', '.join(port['netdev'] or '?' for port in device['ports'])}" for device in found if not device["soft"]]
-        refused["hw"] = f"{netdev} has no RDMA hardware" + (f", only {'; '.join(real)}" if real else "")
+    refused = {"hw": None if hardware else no_hardware(netdev, found, card, loaded)}
     built = drivers["siw"] == "missing" and bool(source)
     refused["siw"] = None if built or drivers["siw"] != "missing" else (
         f"kernel {kernel} has no driver siw, and there is no source to build it from (Debian's package is linux-source-{series(kernel)})")
@@ -153,6 +173,7 @@ def choose(wanted: str, netdev: str, found: list, drivers: dict, source: str | N
             continue
         passed = [refused[other] for other in order[:order.index(transport)]]
         if transport == "hw":
+            device = hardware[0]
             why = f"{netdev} has the RDMA hardware {device['name']} ({device['driver']})"
         elif transport == "siw" and built:
             why = f"siw can be built from {source}"
@@ -174,13 +195,29 @@ def series(kernel: str) -> str:
 # ---- what a probe's failure means
 
 
+def wrong_gid(local: str, gids: list) -> str | None:
+    """Why no GID of a RoCE device can be used for an address; None when one can.
+
+    :param gids: ``gid`` and ``type`` of each.
+    """
+    wanted = ipaddress.ip_address(local)
+    if wanted.version == 4:
+        wanted = ipaddress.ip_address(f"::ffff:{local}")
+    types = [each["type"] for each in gids if ipaddress.ip_address(each["gid"]) == wanted]
+    if "RoCE v2" in types:
+        return None
+    if types:
+        return f"the GID for {local} is of the type {', '.join(types)} and not RoCE v2"
+    return f"no GID stands for {local}; there are {', '.join(each['gid'] for each in gids) or 'none'}"
+
+
 def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
     """What kept one host from reaching another.
 
     :param stage: how far it came: ``address``, ``route``, ``connect``, ``hello``, ``read``.
     :param error: what the RDMA library said.
     :param seen: ``peer``, ``port``, ``local`` (this host's address towards the peer), ``netdev``, ``devices`` (those on ``netdev``),
-        ``ping`` (whether the peer answers, None when that can't be asked), ``big_ping`` (also to packets of the interface's size)
+        ``gids`` (of those that speak RoCE, None for others), ``ping`` (whether the peer answers, None when that can't be asked), ``big_ping`` (also to packets of the interface's size)
         and ``mtu``.
     """
     peer = seen["peer"]
@@ -192,9 +229,10 @@ def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
         if not seen.get("ping"):
             what = f"{peer} does not answer on the network ({error})" if seen.get("ping") is False else f"{peer} was not found ({error})"
             return RdmaError(f"{what}; check that it is up and that {seen['netdev']} leads to it", "no_route")
+        wrong = wrong_gid(seen["local"], seen["gids"]) if seen.get("gids") is not None else None
         return RdmaError(
-            f"{', '.join(seen['devices'])} can't reach {peer} ({error}); a GID of the device has to stand for {seen['local']}: "
-            f"see hecaton.fleet.rdma_info", "gid_mismatch")
+            f"{', '.join(seen['devices'])} can't reach {peer} ({error}); {wrong or 'a GID of the device has to stand for ' + seen['local']}: "
+            f"see hecaton.fleet.rdma_info, there and here", "gid_mismatch")
     if stage == "connect":
         if "refused" in error.lower() or "rejected" in error.lower():
             return RdmaError(f"{peer} refuses connections to port {seen['port']} ({error}): nothing listens there with the same transport", "refused")

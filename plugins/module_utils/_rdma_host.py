@@ -15,6 +15,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._rdma import RdmaErr
 
 INFINIBAND = "/sys/class/infiniband"
 NET = "/sys/class/net"
+MODULES = "/sys/module"
 #: Where the connection manager's settings for a device are.
 SETTINGS = "/sys/kernel/config/rdma_cm"
 
@@ -84,10 +85,15 @@ def interfaces() -> dict:
     return found
 
 
+def loaded(module: str) -> bool:
+    """Whether a kernel module is loaded."""
+    return os.path.isdir(os.path.join(MODULES, module))
+
+
 def driver_state(kind: str) -> str:
     """Whether the driver of a soft device is ``loaded``, ``available`` or ``missing``."""
     module = _rdma.SOFT[kind][0]
-    if os.path.isdir(f"/sys/module/{module}"):
+    if loaded(module):
         return "loaded"
     return "available" if run("modinfo", "-F", "filename", module, check=False).returncode == 0 else "missing"
 
@@ -158,7 +164,7 @@ def verbs(name: str, ports: list) -> dict:
                 found[port] = {
                     "mtu": 128 << queried.active_mtu if queried.active_mtu else None,
                     "max_mtu": 128 << queried.max_mtu if queried.max_mtu else None,
-                    "gids": _gids(name, port),
+                    "gids": gids(name, port),
                 }
             return {
                 "limits": {
@@ -172,7 +178,7 @@ def verbs(name: str, ports: list) -> dict:
         raise RdmaError(f"the device {name} can't be asked for its limits: {err}") from err
 
 
-def _gids(name: str, port: int) -> list[dict]:
+def gids(name: str, port: int) -> list[dict]:
     """GIDs of a port that are in use. Tables are long and sparse, and sysfs says the type of each as well."""
     base = os.path.join(INFINIBAND, name, "ports", str(port))
     found = []

@@ -214,9 +214,11 @@ class RdmaInfo:
             # One that is down can be looked at, and can take no transport.
             if problem and (netdev not in interfaces or self.params["transport"]):
                 raise problem
-            result["hardware_module"] = _rdma.HARDWARE.get(interfaces[netdev]["driver"])
+            card = interfaces[netdev]["driver"]
+            result["hardware_module"] = needed = _rdma.HARDWARE.get(card)
             if self.params["transport"]:
-                result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel)
+                loaded = bool(needed) and _rdma_host.loaded(needed)
+                result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel, card, loaded)
             found = _rdma.on_netdev(found, netdev)
         for device in found:
             for port in device["ports"]:

@@ -222,7 +222,7 @@ class RdmaProbe:
         return {"changed": True, "unit": self.unit}
 
     def await_listening(self) -> None:
-        give_up = time.monotonic() + 30
+        give_up = time.monotonic() + 60
         while time.monotonic() < give_up:
             invocation = _rdma_host.run("systemctl", "show", "-P", "InvocationID", self.unit).stdout.strip()
             said = _rdma_host.run("journalctl", "--no-pager", "-o", "cat", f"_SYSTEMD_INVOCATION_ID={invocation}", check=False).stdout if invocation else ""
@@ -232,7 +232,7 @@ class RdmaProbe:
                 journal = _rdma_host.run("journalctl", "--no-pager", "-o", "cat", "-n", "5", "-u", self.unit, check=False).stdout
                 raise RdmaError(f"nothing listens on {self.params['address']} port {self.port}: {' / '.join(journal.strip().splitlines())}", "not_listening")
             time.sleep(0.2)
-        raise RdmaError(f"the unit {self.unit} does not listen after 30 s", "not_listening")
+        raise RdmaError(f"the unit {self.unit} does not listen after 60 s", "not_listening")
 
     def stop(self) -> None:
         _rdma_host.run("systemctl", "stop", self.unit)
@@ -297,9 +297,11 @@ class RdmaProbe:
         peer = self.params["address"]
         netdev = next((row["ifname"] for row in self.addresses() for each in row.get("addr_info", []) if each.get("local") == local), None)
         mtu = _rdma_host.interfaces().get(netdev, {}).get("mtu", 0)
+        devices = _rdma.on_netdev(_rdma_host.devices(), netdev) if netdev else []
+        roce = [(device["name"], port["port"]) for device in devices if device["transport"] == "roce" for port in device["ports"] if port["netdev"] == netdev]
         return {
-            "peer": peer, "port": self.port, "local": local, "netdev": netdev, "mtu": mtu,
-            "devices": [device["name"] for device in _rdma.on_netdev(_rdma_host.devices(), netdev)] if netdev else [],
+            "peer": peer, "port": self.port, "local": local, "netdev": netdev, "mtu": mtu, "devices": [device["name"] for device in devices],
+            "gids": [gid for name, port in roce for gid in _rdma_host.gids(name, port)] if roce else None,
             "ping": self.ping(peer, local), "big_ping": self.ping(peer, local, ["-M", "do", "-s", str(mtu - (48 if ":" in peer else 28))]) if mtu else None,
         }  # fmt: skip
 

@@ -103,6 +103,44 @@ def test_no_transport_says_what_is_missing(wanted):
     assert {"hw": "hardware", "siw": "driver siw", "rxe": "rdma_rxe", "auto": "hardware"}[wanted] in str(raised.value)
 
 
+@pytest.mark.parametrize(("card", "loaded", "said"), [
+    ("virtio_net", False, "eth0 has no RDMA hardware, only mlx5_0 on enp1s0"),
+    ("mlx5_core", False, "its RDMA driver mlx5_ib is not loaded"),
+    ("mlx5_core", True, "although mlx5_ib is loaded: its parameter enable_roce may be off"),
+    ("ice", True, "although irdma is loaded"),
+    ("i40e", True, "only the X722"),
+    ("cxgb4", True, "although iw_cxgb4 is loaded"),
+    ("bnxt_en", True, "support_rdma"),
+])  # fmt: skip
+def test_a_card_without_an_rdma_device_is_told_from_one_that_has_no_rdma(card, loaded, said):
+    with pytest.raises(RdmaError, match=said) as raised:
+        _rdma.choose("hw", "eth0", FOUND, MISSING, None, KERNEL, card, loaded)
+    assert raised.value.reason == "no_transport"
+    choice = _rdma.choose("auto", "eth0", FOUND, {"siw": "available", "rxe": "missing"}, None, KERNEL, card, loaded)
+    assert choice["transport"] == "siw" and said in choice["why"]
+
+
+def test_every_card_that_is_known_has_what_can_keep_it_from_rdma():
+    assert set(_rdma.SWITCHED_OFF) == set(_rdma.HARDWARE)
+
+
+V1 = {"gid": "0000:0000:0000:0000:0000:ffff:0a00:0001", "type": "IB/RoCE v1"}
+V2 = {**V1, "type": "RoCE v2"}
+LINK_LOCAL = {"gid": "fe80:0000:0000:0000:5054:00ff:fe77:0111", "type": "RoCE v2"}
+
+
+@pytest.mark.parametrize(("local", "gids", "said"), [
+    ("10.0.0.1", [LINK_LOCAL, V1, V2], None),
+    ("10.0.0.1", [LINK_LOCAL, V1], "is of the type IB/RoCE v1"),
+    ("10.0.0.1", [LINK_LOCAL], "no GID stands for 10.0.0.1; there are fe80:"),
+    ("10.0.0.1", [], "there are none"),
+    ("fe80::5054:ff:fe77:111", [LINK_LOCAL], None),
+])  # fmt: skip
+def test_a_gid_that_does_not_stand_for_an_address(local, gids, said):
+    found = _rdma.wrong_gid(local, gids)
+    assert said in found if said else found is None
+
+
 SEEN = {"peer": "10.0.0.2", "port": 7475, "local": "10.0.0.1", "netdev": "mig0", "devices": ["siw_mig0"], "ping": True, "big_ping": True, "mtu": 9000}
 
 
@@ -123,6 +161,12 @@ SEEN = {"peer": "10.0.0.2", "port": 7475, "local": "10.0.0.1", "netdev": "mig0",
 ])  # fmt: skip
 def test_a_failure_is_told_by_its_cause(stage, error, seen, reason):
     assert _rdma.diagnose(stage, error, {**SEEN, **seen}).reason == reason
+
+
+def test_a_gid_mismatch_says_which_gids_there_are():
+    seen = {**SEEN, "devices": ["rxe_mig0"], "gids": [LINK_LOCAL]}
+    found = _rdma.diagnose("address", "No such device", seen)
+    assert found.reason == "gid_mismatch" and "no GID stands for 10.0.0.1; there are fe80:" in str(found)
 
 
 @pytest.mark.parametrize("stage", ["address", "connect"])

@@ -69,6 +69,16 @@ def test_an_interface_that_is_down_can_be_looked_at_and_takes_no_transport(run):
     assert run(netdev="mig0", transport="auto", limits=False)["choice"]["transport"] == "siw"
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_card_whose_driver_made_no_device_is_told(run, monkeypatch, loaded):
+    monkeypatch.setattr(_rdma_host, "devices", lambda: [])
+    monkeypatch.setattr(_rdma_host, "interfaces", lambda: {"ens1": {"up": True, "mtu": 1500, "driver": "bnxt_en", "type": None}})
+    monkeypatch.setattr(_rdma_host, "loaded", lambda module: loaded and module == "bnxt_re")
+    result = run(netdev="ens1", transport="hw", limits=False)
+    assert result["reason"] == "no_transport"
+    assert ("support_rdma" if loaded else "bnxt_re is not loaded") in result["msg"]
+
+
 @pytest.mark.parametrize(("args", "reason"), [({"netdev": "eth9"}, "no_netdev"), ({"netdev": "mig0", "transport": "hw", "limits": False}, "no_transport")])
 def test_what_is_not_there_is_told_with_its_reason(run, args, reason):
     result = run(**args)
