@@ -20,6 +20,7 @@ import time
 
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record, Stall, record_path, write_json
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
+from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import is_remote_ram
 
 CONFIG_DIR = "/etc/hecaton/vms"
 RUN_DIR = "/run/hecaton"
@@ -60,8 +61,31 @@ def is_active(unit: str) -> bool:
     return systemctl("is-active", unit, check=False) in ("active", "activating", "deactivating")
 
 
-def capabilities(engine: str) -> list:
-    """QMP capabilities of an engine, the same on both sides."""
+def ram_files(qmp: QmpClient) -> list:
+    """The files on a remote_ram file system that a QEMU has its guest's memory in."""
+    found = []
+    for memory in qmp.execute("query-memdev"):
+        try:
+            path = qmp.execute("qom-get", {"path": f"/objects/{memory.get('id')}", "property": "mem-path"})
+        except QmpError as err:
+            if err.kind == "ConnectionError":
+                raise
+            continue  # no file
+        if path and is_remote_ram(path):
+            found.append(path)
+    return found
+
+
+def remove(paths: list) -> None:
+    for path in paths:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+def capabilities(engine: str, throttle: bool = False) -> list:
+    """QMP capabilities of an engine, the same on both sides, but that only the source can throttle the guest."""
     userfault = engine == "userfault"
     wanted = {
         # The source learns from the destination that the VM has landed, instead of assuming it.
@@ -73,6 +97,7 @@ def capabilities(engine: str) -> list:
         # The kernel engine moves RAM by itself: QEMU leaves it out, and stops before it hands the VM over.
         "x-ignore-shared": engine == "remote_ram",
         "pause-before-switchover": engine == "remote_ram",
+        "auto-converge": throttle,
     }
     return [{"capability": name, "state": state} for name, state in wanted.items()]
 
@@ -82,7 +107,7 @@ class Outgoing:
 
     :param job: vm, engine, uri, precopy_timeout_s, and the optional limits bandwidth_mib_s, postcopy_bandwidth_mib_s,
         max_downtime_ms, timeout_s (pre-copy given up after), stall_timeout_s (given up when nothing was sent for so long before
-        the switch), recovery_timeout_s.
+        the switch), recovery_timeout_s; onboard: the guest is slowed down when pre-copy does not converge.
     """
 
     def __init__(self, job: dict, record: Record):
@@ -115,7 +140,7 @@ class Outgoing:
 
     def _start(self) -> None:
         job, qmp = self.job, self.qmp
-        qmp.execute("migrate-set-capabilities", {"capabilities": capabilities(job["engine"])})
+        qmp.execute("migrate-set-capabilities", {"capabilities": capabilities(job["engine"], bool(job.get("onboard")))})
         mib = 1 << 20
         parameters = {"max-bandwidth": int((job.get("bandwidth_mib_s") or 1 << 20) * mib), "downtime-limit": job.get("max_downtime_ms") or 300}
         parameters["max-postcopy-bandwidth"] = int((job.get("postcopy_bandwidth_mib_s") or 0) * mib)
@@ -222,7 +247,12 @@ class Outgoing:
             "postcopy" if self._postcopy_asked else "switch", on="destination", downtime_ms=info.get("downtime"), total_ms=info.get("total-time"),
             bytes=ram.get("transferred"), rate_mib_s=None,
         )  # fmt: skip
+        try:
+            left = ram_files(self.qmp)
+        except QmpError:
+            left = []  # a QEMU that has ended can't say
         self._end_qemu()
+        remove(left)
         forget(self.name)
         self.record.finish("moved", on="destination")
 
@@ -244,11 +274,7 @@ class Outgoing:
 
 def forget(name: str) -> None:
     """Removes a VM's definition from a host that it left."""
-    for path in (config_path(name), incoming_env(name)):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
+    remove([config_path(name), incoming_env(name)])
 
 
 def listens(address: str, port: int) -> None:
@@ -264,7 +290,7 @@ class Incoming:
     """The destination's side: starts QEMU to receive the VM and follows it until it runs here, or cleans up.
 
     :param job: vm, engine, config (text of the VM's definition), address, port_min, port_max, wait_s (how long an
-        announced VM may take to come).
+        announced VM may take to come), and optionally ram (blocks whose files are on a remote_ram file system here).
     """
 
     def __init__(self, job: dict, state_dir: str):
@@ -272,7 +298,7 @@ class Incoming:
         self.name = job["vm"]
         self.path = record_path(state_dir, self.name, incoming=True)
         self.data = {"id": job["id"], "vm": self.name, "driver": "qmp", "engine": job["engine"], "phase": "starting", "result": None, "reason": "",
-                     "uri": None, "started": time.time(), "finished": None}  # fmt: skip
+                     "uri": None, "ram": job.get("ram") or [], "started": time.time(), "finished": None}  # fmt: skip
         self.arrived = False
         self.began = False
         self._port = None
@@ -296,10 +322,12 @@ class Incoming:
         """Leaves nothing on this host of a VM that did not come."""
         systemctl("stop", vm_unit(self.name), check=False)
         systemctl("reset-failed", vm_unit(self.name), check=False)
-        try:
-            os.unlink(incoming_env(self.name))
-        except FileNotFoundError:
-            pass
+        # Unlinking a RAM file ends its session, and with it what the source would wait for.
+        remove([incoming_env(self.name), *(block["path"] for block in self.data["ram"])])
+
+    def _make_ram(self) -> None:
+        """Makes place for the RAM files: what is left of an earlier attempt goes. A VM that runs here would have been found before."""
+        remove([block["path"] for block in self.data["ram"]])
 
     def _look(self) -> None:
         """What else there is to look at while the VM arrives.
@@ -321,6 +349,7 @@ class Incoming:
 
     def _listen(self) -> QmpClient:
         job = self.job
+        self._make_ram()
         os.makedirs(os.path.dirname(incoming_env(self.name)), mode=0o755, exist_ok=True)
         handle = os.open(incoming_env(self.name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "w") as out:
@@ -419,10 +448,7 @@ class Incoming:
             out.write(self.job["config"].rstrip() + "\n")
         if self.job.get("enabled"):
             systemctl("enable", vm_unit(self.name), check=False)
-        try:
-            os.unlink(incoming_env(self.name))
-        except FileNotFoundError:
-            pass
+        remove([incoming_env(self.name)])
         self.save(phase="arrived", arrived=time.time())
 
     def _listen_again(self, qmp: QmpClient) -> None:

@@ -336,7 +336,7 @@ class Outgoing(_migrate_qmp.Outgoing):
         sent = sum(entry["bytes_ahead"] + entry["bytes_after"] for entry in stats)
         for ram in self.files:
             ram.release()
-            os.unlink(ram.path)
+        _migrate_qmp.remove([ram.path for ram in self.files])
         forget(self.name)
         self.record.finish("moved", on="destination", bytes=sent)
 
@@ -374,12 +374,12 @@ class Incoming(_migrate_qmp.Incoming):
             for ram in self.files:
                 ram.close()
 
-    def _listen(self) -> QmpClient:
+    def _make_ram(self) -> None:
+        super()._make_ram()
         try:
             self._attach()
         except RemoteRamError as err:
             raise MigrationError(f"the RAM of {self.name} can't be received: {err}") from err
-        return super()._listen()
 
     def _attach(self) -> None:
         """Makes the RAM files, and lets each wait for its source."""
@@ -387,9 +387,6 @@ class Incoming(_migrate_qmp.Incoming):
         ports = iter(range(job["port_max"], job["port_min"] - 1, -1))
         blocks = []
         for block in job["ram"]:
-            # What is left of an earlier attempt; a VM that runs here would have been found before.
-            if os.path.exists(block["path"]):
-                os.unlink(block["path"])
             ram = RamFile(block["path"], block["size"])
             self.files.append(ram)
             port = self._attach_one(ram, block, ports)
@@ -454,12 +451,3 @@ class Incoming(_migrate_qmp.Incoming):
     def _whole(self) -> bool:
         # The sessions stay: a source that was not told of the end may ask again. The next migration releases them.
         return all(ram.stats()["state"] == "complete" for ram in self.files)
-
-    def _clean_up(self) -> None:
-        super()._clean_up()
-        # Unlinking ends the session, and with it what the source would wait for.
-        for block in self.job["ram"]:
-            try:
-                os.unlink(block["path"])
-            except FileNotFoundError:
-                pass

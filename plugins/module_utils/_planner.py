@@ -77,6 +77,7 @@ class Options:
     deadline_s: float | None = None
     precopy_min_s: int = 2
     engine: str = "auto"
+    onboard: bool = False  # VMs that can have their memory on remote_ram where they arrive
 
     def check(self):
         for name in ("sources", "destinations", "vms", "exclude"):
@@ -166,6 +167,7 @@ class Vm:
     affinity: list
     anti_affinity: list
     blockers: list
+    onboards: bool = False  # its memory can be put on remote_ram while it moves
     kind: int = 0  # VMs with the same number fit the same hosts
 
     @property
@@ -310,6 +312,7 @@ class Fleet:
             affinity=_texts(groups, "affinity", f"groups of {where}", ()),
             anti_affinity=_texts(groups, "anti_affinity", f"groups of {where}", ()),
             blockers=_blockers(facts, where),
+            onboards=_get(_get(facts, "onboarding", "a mapping", where, {}), "usable", "true or false", f"onboarding of {where}", False),
         )
         if vm.active:
             host.vcpus_used += vm.vcpus
@@ -397,8 +400,16 @@ class Compatibility:
         return self._mismatches[key]
 
 
+def _onboards(vm, host, options):
+    """Whether a VM gets its memory on remote_ram by this move. That is pre-copy's: QEMU's post-copy takes no such file."""
+    can = _pair_engines(("remote_ram", "precopy"), host.kind)
+    return options.onboard and vm.onboards and len(can) == 2 and "precopy" in _usable_engines(vm, options)
+
+
 def _choose_engine(vm, host, options):
     """The engine for a VM and its destination, and why."""
+    if options.engine == "auto" and _onboards(vm, host, options):
+        return "precopy", "its memory goes onto remote_ram, where QEMU's post-copy can't put it; the next move is by the kernel engine"
     engine = _pair_engines(_usable_engines(vm, options), host.kind)[0]
     if options.engine != "auto":
         return engine, "asked for"
@@ -736,6 +747,7 @@ class Move:
     engine: str
     engine_reason: str
     reason: str
+    onboard: bool = False  # its memory is on remote_ram once it has arrived
     share: float = 0.0  # MiB/s of the link while all slots are taken
     dirty: float = 0.0
     wanted_s: float = 0.0  # pre-copy until it has converged, or until more of it gains nothing
@@ -861,7 +873,12 @@ def _schedule(moves, options, warnings):
         return 0.0, 0, True
     _prepare_moves(moves, options)
     for move in moves:
-        if move.engine == "precopy" and not _converges(move):
+        if move.onboard and not _converges(move):
+            warnings.append(
+                f"{move.vm.name} dirties {move.dirty:g} MiB/s and its share of the link is {move.share:g} MiB/s: it is slowed down until its memory is"
+                " on remote_ram"
+            )
+        elif move.engine == "precopy" and not _converges(move):
             warnings.append(
                 f"{move.vm.name} dirties {move.dirty:g} MiB/s and its share of the link is {move.share:g} MiB/s: pre-copy alone may never converge;"
                 " use the userfault engine, or fewer VMs at once"
@@ -992,7 +1009,8 @@ class _Planner:
         for unit, host in placement.host_of.items():
             for vm in unit.vms:
                 engine, engine_reason = _choose_engine(vm, host, self.options)
-                moves.append(Move(vm, host, engine, engine_reason, unit.only_reason or placement.reason_of[unit]))
+                why = unit.only_reason or placement.reason_of[unit]
+                moves.append(Move(vm, host, engine, engine_reason, why, engine == "precopy" and _onboards(vm, host, self.options)))
         end, peak, in_time = _schedule(moves, self.options, self.warnings)
         return self._assemble(moves, end, peak, in_time)
 
@@ -1313,6 +1331,7 @@ def _move_entry(order, move):
         "to": move.to.name,
         "engine": move.engine,
         "engine_reason": move.engine_reason,
+        "onboard": move.onboard,
         "memory_mib": move.vm.memory,
         "dirty_rate_mib_s": move.vm.dirty_rate,
         "precopy_timeout_s": move.precopy_s,

@@ -120,6 +120,19 @@ def engines(vm: dict) -> dict:
     }
 
 
+def onboarding(vm: dict) -> dict:
+    """Whether a VM can have its memory on remote_ram from its next move on, without being restarted."""
+    found = []
+    if vm["driver"] != "qmp":
+        found.append(blocker("driver_unsupported", f"{vm['driver']} has no way to leave the guest's memory to the engine remote_ram"))
+    elif vm["memory_backend"]["kind"] == "remote_ram":
+        found.append(blocker("memory_remote_ram", "the guest's memory is on a remote_ram file system already"))
+    elif vm["memory_defined"]:
+        found.append(blocker(
+            "memory_defined", "the VM's definition says itself where its memory is (memory-backend, -mem-path or -numa); it has to be changed by hand"))
+    return {"usable": not vm["blockers"] and not found, "blockers": found}
+
+
 def notes(vm: dict) -> list[dict]:
     """What does not keep a VM on its host, but should be known."""
     if vm["memory_backend"]["kind"] == "hugetlb":
@@ -128,11 +141,12 @@ def notes(vm: dict) -> list[dict]:
 
 
 def complete(vm: dict) -> dict:
-    """Adds ``blockers``, ``engines`` and ``notes``, and drops what only they were decided from."""
+    """Adds ``blockers``, ``engines``, ``onboarding`` and ``notes``, and drops what only they were decided from."""
     vm["blockers"] = blockers(vm) + vm.pop("unknown", [])
     vm["engines"] = engines(vm)
+    vm["onboarding"] = onboarding(vm)
     vm["notes"] = notes(vm)
-    for key in ("state_reason", "encrypted", "refused"):
+    for key in ("state_reason", "encrypted", "refused", "memory_defined"):
         vm.pop(key)
     return vm
 
@@ -160,6 +174,7 @@ def _empty(name: str, driver: str) -> dict:
         "migration": None,
         "encrypted": False,
         "refused": [],
+        "memory_defined": False,
     }
 
 
@@ -598,6 +613,10 @@ class _Arguments:
     def memory_mib(self) -> int:
         return _size_mib((self.last("m", "size").get("size")) or "128M")
 
+    def define_memory(self) -> bool:
+        """Whether they say themselves what the guest's memory is made of."""
+        return bool(self.all("mem-path", "numa")) or any("memory-backend" in text for text in self.all("object", "machine", "M", "device"))
+
     def memory_objects(self) -> list[dict]:
         found = []
         for text in self.all("object"):
@@ -807,6 +826,7 @@ def facts_from_qmp(name: str, conf: dict, queries: dict | None, storage: Storage
     vm["disks"] = _qmp_disks(asked["query-block"], storage) if "query-block" in asked else arguments.disks(storage)
     vm["networks"] = arguments.networks()
     vm["memory_backend"] = _qmp_memory(asked.get("memory") or arguments.memory_objects(), storage)
+    vm["memory_defined"] = arguments.define_memory() or len(asked.get("memory") or []) > 1
     vm["encrypted"] = any(kind in _ENCRYPTED for kind in asked.get("objects") or [])
     vm["host_devices"] = _qmp_host_devices(asked, arguments)
     return complete(vm)

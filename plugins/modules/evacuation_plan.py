@@ -130,6 +130,12 @@ options:
     type: str
     choices: [auto, remote_ram, userfault, precopy]
     default: auto
+  onboard:
+    description:
+      - Whether VMs that can't use V(remote_ram) because of where their memory is have it there once they have arrived, if VM and
+        destination allow that. Such a VM moves by V(precopy), which O(engine) has to be, or V(auto).
+    type: bool
+    default: false
 seealso:
   - module: hecaton.fleet.vm_info
 """
@@ -226,6 +232,10 @@ plan:
           description: Why that engine.
           type: str
           sample: best engine that the VM and both hosts can use
+        onboard:
+          description: Whether its memory is on C(remote_ram) from this move on, and was elsewhere before.
+          type: bool
+          sample: false
         memory_mib:
           description: Memory of the VM.
           type: float
@@ -352,6 +362,7 @@ def argument_spec():
         "deadline_s": {"type": "float"},
         "precopy_min_s": {"type": "int", "default": 2},
         "engine": {"type": "str", "choices": ["auto", *ENGINES], "default": "auto"},
+        "onboard": {"type": "bool", "default": False},
     }
 
 

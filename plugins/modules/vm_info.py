@@ -264,6 +264,9 @@ vms:
     engines:
       description: What each engine can do with it. C(usable) says whether, C(blockers) what is particular to the engine.
       type: dict
+    onboarding:
+      description: Whether its memory can be put on C(remote_ram) by its next move (C(usable)), and C(blockers) if not.
+      type: dict
     blockers:
       description: What keeps it from leaving by any engine, each with C(code) and C(message).
       type: list
@@ -295,6 +298,7 @@ vms:
       engines:
         precopy: {usable: true, blockers: []}
         userfault: {usable: true, blockers: []}
+      onboarding: {usable: false, blockers: [{code: driver_unsupported, message: "libvirt has no way to leave the guest's memory to the engine remote_ram"}]}
       blockers: []
       notes: []
 """

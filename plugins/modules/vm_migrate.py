@@ -135,7 +135,8 @@ options:
     description:
       - Whether its memory is to be on a C(remote_ram) file system at the destination, so that the next migration can be one of
         O(engine=remote_ram). A virtual machine whose memory is there already moves as it is.
-      - Only for O(driver=qmp) and O(engine=precopy), because QEMU's post-copy takes no such file.
+      - Only for O(driver=qmp) and O(engine=precopy), because QEMU's post-copy takes no such file. A guest that writes faster than its
+        memory can be sent is slowed down until it has moved.
     type: bool
     default: false
   token:
@@ -440,7 +441,7 @@ class VmMigrate:
             "id": incoming.get("id"), "memory_mib": incoming.get("memory_mib"), "precopy_timeout_s": params["precopy_timeout"],
             "timeout_s": params["timeout"], "bandwidth_mib_s": params["bandwidth"], "postcopy_bandwidth_mib_s": params["postcopy_bandwidth"],
             "max_downtime_ms": params["max_downtime"], "recovery_timeout_s": params["recovery_timeout"],
-            "stall_timeout_s": params["stall_timeout"],
+            "stall_timeout_s": params["stall_timeout"], "onboard": params["onboard"],
         }  # fmt: skip
         if found["driver"] == "libvirt":
             bracketed = f"[{address}]" if ":" in address else address

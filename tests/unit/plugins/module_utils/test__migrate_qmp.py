@@ -174,6 +174,46 @@ def test_a_precopy_runs_through_and_the_source_forgets_the_vm(host, config, tmp_
     assert ("disable", UNIT) in host.systemctl
 
 
+@pytest.fixture
+def ram_file(host, monkeypatch, tmp_path):
+    """A file of the guest's memory, with what QEMU answers about it."""
+    path = tmp_path / "web1.ram"
+    path.write_bytes(b"memory")
+    monkeypatch.setattr(_migrate_qmp, "is_remote_ram", lambda name: name == str(path))
+    answers = {"query-memdev": [{"id": "pc.ram", "size": 6, "share": True}], "qom-get": str(path)}
+    client = _migrate_qmp.QmpClient
+    execute = client.execute
+
+    def ask(self, command, arguments=None):
+        said = execute(self, command, arguments)
+        return answers.get(command, said)
+
+    monkeypatch.setattr(client, "execute", ask)
+    return path
+
+
+def test_ram_files_of_a_vm_that_has_left_by_qemus_stream_are_removed(host, config, ram_file, tmp_path):
+    host.on["migrate"] = lambda arguments: host.become((5, active()), (0, COMPLETED))
+    host.on["quit"] = lambda arguments: ram_file.stat()  # not while QEMU still has it
+    outgoing(tmp_path, "precopy").run()
+    assert not ram_file.exists()
+
+
+def test_ram_files_of_a_vm_that_stays_are_kept(host, config, ram_file, tmp_path):
+    host.on["migrate"] = lambda arguments: host.become((5, active()), (0, "failed"))
+    with pytest.raises(MigrationError):
+        outgoing(tmp_path, "precopy").run()
+    assert ram_file.exists()
+
+
+@pytest.mark.parametrize("onboard", [True, False])
+def test_only_who_is_onboarded_is_slowed_down_to_converge(host, config, tmp_path, onboard):
+    host.on["migrate"] = lambda arguments: host.become((0, COMPLETED))
+    outgoing(tmp_path, "precopy", onboard=onboard).run()
+    (told,) = host.told("migrate-set-capabilities")
+    assert {entry["capability"]: entry["state"] for entry in told["capabilities"]}["auto-converge"] is onboard
+
+
 def test_only_userfault_prepares_for_postcopy(host, config, tmp_path):
     for engine, wanted in (("precopy", False), ("userfault", True)):
         states = {each["capability"]: each["state"] for each in _migrate_qmp.capabilities(engine)}
@@ -485,6 +525,23 @@ def test_a_stream_that_ends_before_arrival_is_cleaned_up(host, tmp_path, end):
     record = incoming_record(tmp_path)
     assert (record["phase"], record["result"]) == ("finished", "failed") and record["reason"]
     assert stopped(host) and not pathlib.Path(_migrate_qmp.incoming_env("web1")).exists()
+
+
+@pytest.mark.parametrize("end", ["completed", "failed"])
+def test_a_ram_file_is_made_afresh_and_goes_with_a_vm_that_does_not_come(host, tmp_path, end):
+    path = tmp_path / "web1.ram"
+    path.write_bytes(b"of an earlier attempt")
+    seen = []
+
+    def listen(_arguments):
+        seen.append(path.exists())
+        path.write_bytes(b"new")  # QEMU makes it
+        host.become((2, "active"), (0, end))
+
+    arrives(host, (2, "active"), (0, end))
+    host.on["migrate-incoming"] = listen
+    incoming(tmp_path, engine="precopy", ram=[{"id": "pc.ram", "path": str(path), "size": 3}]).run()
+    assert seen == [False] and path.exists() is (end == "completed")
 
 
 def test_one_that_never_comes_is_cleaned_up_when_its_time_is_over(host, tmp_path):

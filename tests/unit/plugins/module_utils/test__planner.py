@@ -214,6 +214,33 @@ def test_remote_ram_needs_the_destination_too():
     assert (move["engine"], move["engine_reason"]) == ("userfault", "not remote_ram: on hv2, there is no RDMA device")
 
 
+def onboarding(usable=True):
+    return {"usable": usable, "blockers": [] if usable else [{"code": "driver_unsupported", "message": "it is libvirt's"}]}
+
+
+def test_a_vm_is_onboarded_by_precopy_the_others_take_the_best_engine():
+    guests = [vm("there", engines=engines(remote_ram=[])), vm("new", driver="qmp", onboarding=onboarding()), vm("libvirts", onboarding=onboarding(False))]
+    moves = {move["vm"]: (move["engine"], move["onboard"]) for move in plan_for([host("hv1", vms=guests), host("hv2")], onboard=True)["moves"]}
+    assert moves == {"there": ("remote_ram", False), "new": ("precopy", True), "libvirts": ("userfault", False)}
+    moves = {move["vm"]: (move["engine"], move["onboard"]) for move in plan_for([host("hv1", vms=guests), host("hv2")])["moves"]}
+    assert moves == {"there": ("remote_ram", False), "new": ("userfault", False), "libvirts": ("userfault", False)}
+
+
+def test_with_precopy_asked_for_a_vm_is_onboarded_as_well():
+    facts = [host("hv1", vms=[vm("new", driver="qmp", onboarding=onboarding())]), host("hv2")]
+    (move,) = plan_for(facts, onboard=True, engine="precopy")["moves"]
+    assert (move["engine"], move["engine_reason"], move["onboard"]) == ("precopy", "asked for", True)
+    (move,) = plan_for(facts, onboard=True, engine="userfault")["moves"]
+    assert (move["engine"], move["onboard"]) == ("userfault", False)
+
+
+def test_nothing_is_onboarded_where_there_is_no_remote_ram():
+    nothing = {"remote_ram": {"usable": False, "blockers": [{"code": "remote_ram_missing", "message": "no remote_ram file system is mounted"}]}}
+    facts = [host("hv1", vms=[vm("new", driver="qmp", onboarding=onboarding())]), host("hv2", engines=nothing)]
+    (move,) = plan_for(facts, onboard=True)["moves"]
+    assert (move["engine"], move["onboard"]) == ("userfault", False)
+
+
 def test_auto_falls_back_to_precopy_and_says_why():
     guest = vm("web1", engines=engines(userfault=["RAM is not shareable"]))
     (move,) = plan_for([host("hv1", vms=[guest]), host("hv2")])["moves"]
@@ -483,6 +510,12 @@ def test_a_deadline_that_can_not_be_met_is_infeasible_and_says_by_how_much():
 def test_precopy_never_gets_less_than_the_minimum():
     plan = plan_for([host("hv1", vms=[vm("a", 5000)]), host("hv2")], bandwidth_mib_s=100, deadline_s=1, precopy_min_s=5)
     assert [move["precopy_timeout_s"] for move in plan["moves"]] == [5]
+
+
+def test_onboarding_that_can_not_converge_slows_the_guest_down_and_says_so():
+    guest = vm("new", driver="qmp", dirty_rate_mib_s=200, onboarding=onboarding())
+    warnings = plan_for([host("hv1", vms=[guest]), host("hv2")], bandwidth_mib_s=100, onboard=True)["warnings"]
+    assert len(warnings) == 1 and "it is slowed down until its memory is on remote_ram" in warnings[0]
 
 
 def test_precopy_that_can_not_converge_is_warned_of():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shlex
 
 import pytest
 from ansible_collections.hecaton.fleet.plugins.module_utils import _vm_facts
@@ -20,7 +21,7 @@ hugetlbfs /dev/hugepages hugetlbfs rw 0 0
 """
 FIELDS = [
     "name", "uuid", "driver", "state", "job", "memory_mib", "vcpus", "machine", "cpu", "disks", "host_devices", "memory_backend", "dirty_rate_mib_s",
-    "dirty_rate_error", "networks", "groups", "migration", "blockers", "engines", "notes",
+    "dirty_rate_error", "networks", "groups", "migration", "blockers", "engines", "onboarding", "notes",
 ]  # fmt: skip
 
 
@@ -469,6 +470,31 @@ def test_where_a_guests_memory_is(memory, kind, userfault):
     vm = qmp(memory=memory)
     assert (vm["memory_backend"]["kind"], vm["engines"]["userfault"]["usable"]) == (kind, userfault)
     assert vm["engines"]["precopy"]["usable"] is True
+
+
+ANONYMOUS = {"type": "memory-backend-ram", "mem-path": None, "share": False}
+THERE = {"type": "memory-backend-file", "mem-path": "/run/remote_ram/web2.ram", "share": True}
+
+
+@pytest.mark.parametrize(
+    ("memory", "arguments", "code"),
+    [
+        ([ANONYMOUS], "", None),
+        ([THERE], "-object memory-backend-file,id=pc.ram,mem-path=/run/remote_ram/web2.ram,share=on,size=256M", "memory_remote_ram"),
+        ([ANONYMOUS, ANONYMOUS], "", "memory_defined"),
+        ([ANONYMOUS], "-machine q35,memory-backend=ram0 -object memory-backend-ram,id=ram0,size=256M", "memory_defined"),
+        ([ANONYMOUS], "-numa node", "memory_defined"),
+        ([{**ANONYMOUS, "type": "memory-backend-file", "mem-path": "/dev/shm/x"}], "-mem-path /dev/shm", "memory_defined"),
+    ],
+)
+def test_whose_memory_can_be_put_on_remote_ram_by_its_next_move(memory, arguments, code):
+    vm = qmp(memory=memory, arguments=[*shlex.split(CONF["QEMU_ARGS"]), *shlex.split(arguments)])
+    assert (vm["onboarding"]["usable"], codes(vm["onboarding"]["blockers"])) == (code is None, [code] if code else [])
+
+
+def test_a_domain_of_libvirts_and_a_vm_that_can_not_leave_are_not_onboarded():
+    assert codes(domain("web1")["onboarding"]["blockers"]) == ["driver_unsupported"]
+    assert qmp(objects=["memory-backend-ram", "sev-guest"])["onboarding"] == {"usable": False, "blockers": []}
 
 
 def test_an_encrypted_guest_stays():
