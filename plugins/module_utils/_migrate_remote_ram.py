@@ -12,7 +12,6 @@ serving until the last page has left.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 

@@ -57,6 +57,7 @@ SAMPLE = {
 PLAN = _object({}, {
     "source": _or_null(NAME),  # null when VMs leave several hosts, as on the way back
     "deadline_s": _or_null(POSITIVE),
+    "elapsed_s": _or_null(POSITIVE),  # of the deadline, when the plan was made
     "estimated_s": _or_null(POSITIVE),
     "feasible": FLAG,
     "moves": _list(_object({"vm": NAME}, {
@@ -65,6 +66,7 @@ PLAN = _object({}, {
         "to": _or_null(NAME),
         "engine": _or_null(TEXT),
         "engine_reason": _or_null(TEXT),
+        "onboard": FLAG,
         "memory_mib": _or_null(POSITIVE),
         "dirty_rate_mib_s": _or_null(POSITIVE),
         "precopy_timeout_s": _or_null(POSITIVE),
@@ -91,7 +93,8 @@ PLAN = _object({}, {
 #: What the kernel engine counted: pages by cause, faults and how long they waited (buckets: below 1 us, then [2^(n-1), 2^n) us).
 REMOTE_RAM = _object({}, {
     **{name: COUNT for name in ("pages", "pages_ahead", "pages_zero", "pages_demand", "pages_bubble", "pages_background", "pages_missing",
-                                "faults_retry", "faults_joined", "wait_ns_max", "wait_ns_total", "reconnects", "switch_us", "late_writes")},
+                                "bytes_ahead", "bytes_after", "faults_nowait", "faults_retry", "faults_plain", "faults_joined",
+                                "wait_ns_max", "wait_ns_total", "reconnects", "switch_us", "late_writes")},
     "wait_hist": _list(COUNT),
 })
 
@@ -136,7 +139,11 @@ VM = _object({
     "finished_s": _or_null(NUMBER),
     "memory_mib": _or_null(POSITIVE),
     "dirty_rate_mib_s": _or_null(POSITIVE),
-    "precopy_timeout_s": _or_null(POSITIVE),
+    "precopy_timeout_s": _or_null(POSITIVE, description="seconds of pre-copy that the plan allows"),
+    "precopy_s": _or_null(POSITIVE, description="seconds from its start to the switch"),
+    "planned_start_s": _or_null(NUMBER, description="when it was to start by the plan, counted as started_s"),
+    "planned_finish_s": _or_null(NUMBER),
+    "onboarded": {**FLAG, "description": "its memory was elsewhere, and is on remote_ram now"},
     "samples": _list(SAMPLE, maxItems=MAX_SAMPLES),
 }, {
     "remote_ram": {**REMOTE_RAM, "description": "only for the engine remote_ram: what the kernel counted"},
@@ -154,6 +161,7 @@ SCHEMA = {
         "failed": {**COUNT, "description": "VMs that should have moved and did not: those with the result failed or blocked"},
         "deadline_s": _or_null(POSITIVE),
         "elapsed_s": POSITIVE,
+        "freed_s": _or_null(NUMBER, description="seconds until the last VM had left with all of its memory, or was back; null when one did not"),
         "empty": {**FLAG, "description": "no VM runs on the host, and none still fetches its memory from it"},
         "check": {**FLAG, "description": "nothing was moved: this is what would happen"},
         "vms": _list(VM),
@@ -262,7 +270,7 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
             result, reason, away = "failed", f"is on {place}, not back on {host}", True
         else:
             result, reason, away = _outcome(name, fate, entry, migration, locations, source, check)
-        vms.append(_vm(name, entry, migration, result, reason, place, source, started))
+        vms.append(_vm(name, entry, migration, result, reason, place, source, started, plan.get("elapsed_s") or 0))
         empty = empty and away
     if back:
         empty = host not in locations.values()
@@ -276,6 +284,7 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
         "failed": sum(vm["result"] in ("failed", "blocked") for vm in vms),
         "deadline_s": plan.get("deadline_s"),
         "elapsed_s": round(finished - started, 3),
+        "freed_s": _freed(vms, back or empty),
         "empty": empty,
         "check": check,
         "vms": vms,
@@ -284,6 +293,14 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
     }
     validate(report, SCHEMA, "the report")
     return report
+
+
+def _freed(vms: list, done: bool) -> float | None:
+    """When the last VM had moved, if all that were to move did."""
+    ends = [vm["finished_s"] for vm in vms if vm["result"] == "moved"]
+    if not done or not ends or None in ends or any(vm["result"] in ("failed", "blocked") for vm in vms):
+        return None
+    return max(ends)
 
 
 def _last_attempts(migrations: list) -> dict:
@@ -375,7 +392,8 @@ def _because(migration: dict) -> str:
     return f": {migration['reason']}" if migration.get("reason") else ""
 
 
-def _vm(name: str, entry: dict, migration: dict, result: str, reason: str, place: str | None, host: str, started: float) -> dict:
+def _vm(name: str, entry: dict, migration: dict, result: str, reason: str, place: str | None, host: str, started: float, passed: float) -> dict:
+    """:param passed: how long the evacuation had lasted when the plan was made, whose times count from there."""
     def since(key):
         moment = migration.get(key)
         return None if moment is None else round(moment - started, 3)
@@ -385,6 +403,8 @@ def _vm(name: str, entry: dict, migration: dict, result: str, reason: str, place
         return entry.get(key) if value is None else value
 
     counted = migration.get("remote_ram")
+    begin, takes = entry.get("estimated_start_s"), entry.get("estimated_s")
+    began, switched = migration.get("started"), migration.get("switched")
     return {
         "name": name,
         "driver": first("driver"),
@@ -403,6 +423,10 @@ def _vm(name: str, entry: dict, migration: dict, result: str, reason: str, place
         "memory_mib": entry.get("memory_mib"),
         "dirty_rate_mib_s": entry.get("dirty_rate_mib_s"),
         "precopy_timeout_s": entry.get("precopy_timeout_s"),
+        "precopy_s": None if began is None or switched is None else max(0, round(switched - began, 3)),
+        "planned_start_s": None if begin is None else round(passed + begin, 3),
+        "planned_finish_s": None if begin is None or takes is None else round(passed + begin + takes, 3),
+        "onboarded": bool(entry.get("onboard")) and result == "moved" and bool(migration),
         "samples": _thin(migration.get("samples", [])),
         **({"remote_ram": {key: counted[key] for key in REMOTE_RAM["properties"] if key in counted}} if counted else {}),
     }

@@ -42,6 +42,8 @@ def render(report: dict) -> str:
         _pauses(report),
         _rates(report, axis),
         _fetches(report),
+        _waits(report),
+        _planned(report),
         _table(report),
         f'<div class="pair">{_hosts(report)}{_clients(report)}</div>',
     ]
@@ -205,11 +207,12 @@ def _moment(timestamp: str) -> str:
 def _against_deadline(report: dict) -> str:
     """The sentence that says how long it took against how long it may take, and the bar that shows it."""
     plan, deadline = report["plan"], report["deadline_s"]
-    took = plan.get("estimated_s") if report["check"] else report["elapsed_s"]
+    freed = None if report["check"] or deadline is None else report["freed_s"]
+    took = plan.get("estimated_s") if report["check"] else report["elapsed_s"] if freed is None else freed
     if took is None:
         return '<p class="lead">The plan gives no estimate of the time.</p>'
     shown = f"<strong>{duration(took)}</strong>"
-    verb = "It would take about" if report["check"] else "It took"
+    verb = "It would take about" if report["check"] else "It took" if freed is None else "All were back after" if _back(report) else "It was free after"
     if deadline is None:
         return f'<p class="lead">{verb} {shown}; there was no deadline.</p>'
     late = took - deadline
@@ -246,6 +249,12 @@ def _tiles(report: dict) -> str:
         took = report["elapsed_s"]
         mean = f"{rate(sum(sent) / 1048576 / took)} over {duration(took)}" if sent and took else "nothing was sent"
         tiles.append(("Data sent", octets(sum(sent)) if sent else "–", mean))
+        counted = _counted(report)
+        if counted:
+            demand, pages = (sum(each.get(key, 0) for each in counted) for key in ("pages_demand", "pages"))
+            late = _wait(_pooled(counted), 0.99)
+            note = "no guest waited for one" if late is None else f"99 % of waits within {milliseconds(late)}"
+            tiles.append(("Pages on demand", f"{demand:,}", (f"{100 * demand / pages:.2g} % of all; " if pages else "") + note))
     cells = "".join(f'<div class="tile"><dt>{label}</dt><dd>{value}<small>{note}</small></dd></div>' for label, value, note in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 
@@ -483,6 +492,41 @@ def _wait(histogram: list, share: float) -> float | None:
     return None
 
 
+def _counted(report: dict) -> list:
+    """What the kernel counted, for each VM that moved by its engine."""
+    return [vm["remote_ram"] for vm in report["vms"] if vm.get("remote_ram")]
+
+
+def _pooled(counted: list) -> list:
+    """The waits of all VMs by duration."""
+    histograms = [each.get("wait_hist", []) for each in counted]
+    return [sum(histogram[bucket] for histogram in histograms if bucket < len(histogram)) for bucket in range(max(map(len, histograms), default=0))]
+
+
+def _microseconds(value: int) -> str:
+    return f"{value} µs" if value < 1000 else milliseconds(value / 1000)
+
+
+def _waits(report: dict) -> str:
+    """How long all guests waited for pages, a row for each duration."""
+    histogram = _pooled(_counted(report))
+    used = [bucket for bucket, count in enumerate(histogram) if count]
+    if not used:
+        return ""
+    total, most, rows = sum(histogram), max(histogram), ""
+    for bucket in range(used[0], used[-1] + 1):
+        count = histogram[bucket]
+        edges = f"below {_microseconds(1)}" if not bucket else f"{_microseconds(1 << bucket - 1)} – {_microseconds(1 << bucket)}"
+        rows += (
+            f'<div class="row"><span class="who">{edges}</span>'
+            f'<svg class="bar" width="100%" aria-hidden="true"><rect class="track" y="18%" width="100%" height="64%" rx="2"/>'
+            f'<rect class="pause" y="18%" width="{100 * count / most:.2f}%" height="64%" rx="2"/></svg>'
+            f'<span class="value">{_data(count, f"{count:,}")}</span></div>'
+        )
+    note = f"{total:,} waits of all guests together: half within {milliseconds(_wait(histogram, 0.5))}, 99 % within {milliseconds(_wait(histogram, 0.99))}."
+    return _section("How long guests waited for pages on demand", note, f'<div class="waits">{rows}</div>')
+
+
 def _histogram(histogram: list) -> str:
     """Waits by duration, as bars; each bucket is twice as long as the one before."""
     used = [bucket for bucket, count in enumerate(histogram) if count]
@@ -495,8 +539,7 @@ def _histogram(histogram: list) -> str:
         f'width="{width - 1:.2f}%" height="{100 * histogram[bucket] / most:.1f}%"><title>{histogram[bucket]} within '
         f'{milliseconds((1 << bucket) / 1000)}</title></rect>' for bucket in used)
     low, high = milliseconds((1 << first) / 2000), milliseconds((1 << last) / 1000)
-    return (f'<svg width="100%" height="44" role="img" aria-label="waits from {low} to {high}">{bars}</svg>'
-            f'<span class="soft">{low} – {high}</span>')
+    return f'<svg width="100%" height="44" role="img" aria-label="waits from {low} to {high}">{bars}</svg>'
 
 
 def _fetches(report: dict) -> str:
@@ -507,6 +550,7 @@ def _fetches(report: dict) -> str:
             continue
         waits = counted.get("wait_hist", [])
         figures = [counted.get(key, 0) for key in ("pages_ahead", "pages_zero", "pages_demand", "pages_bubble", "pages_background")]
+        figures.append(sum(counted.get(key, 0) for key in ("faults_nowait", "faults_retry", "faults_plain")))
         median, late = _wait(waits, 0.5), _wait(waits, 0.99)
         rows.append((
             _name(vm["name"]), *(_data(value, f"{value:,}") for value in figures), _data(sum(waits), f"{sum(waits):,}"),
@@ -515,10 +559,30 @@ def _fetches(report: dict) -> str:
         ))  # fmt: skip
     if not rows:
         return ""
-    headings = ("VM", "Ahead", "Zero", "On demand", "Around those", "Background", "Waits", "Median", "99 %", "Longest", "By duration")
+    headings = ("VM", "Ahead", "Zero", "On demand", "Around those", "Background", "Faults", "Waits", "Median", "99 %", "Longest", "By duration")
     return _section(
-        "Pages by cause", "What moved before the switch and after it, and how long the guest waited for pages that were not there "
+        "Pages by cause", "What moved before the switch and after it, the faults on pages that were not there, and how long the guest waited for them "
         "(upper edges of buckets that double; the longest as measured).", _figures(headings, rows))
+
+
+# --- Plan -------------------------------------------------------------------------------------------------------------
+
+
+def _planned(report: dict) -> str:
+    """What the plan said of time, and what became of it; who got onto the kernel engine."""
+    rows, onboarded = [], [vm["name"] for vm in report["vms"] if vm["onboarded"]]
+    for vm in report["vms"]:
+        if vm["started_s"] is None or vm["planned_start_s"] is None or report["check"]:
+            continue
+        keys = ("precopy_timeout_s", "precopy_s", "planned_start_s", "started_s", "planned_finish_s", "finished_s")
+        rows.append((_name(vm["name"]), *(_data(vm[key], duration(vm[key])) for key in keys)))
+    if not rows:
+        return ""
+    headings = ("VM", "Pre-copy planned", "Pre-copy", "Start planned", "Start", "End planned", "End")
+    note = "Times count from the start; a pre-copy that has nothing more to send ends before its time, one that starts late is cut short."
+    if onboarded:
+        note += f" With their memory on remote_ram from now on: {', '.join(map(_name, onboarded))}."
+    return _section("Planned and real", note, _figures(headings, rows))
 
 
 # --- Rates ------------------------------------------------------------------------------------------------------------
@@ -791,7 +855,7 @@ svg.at{overflow:visible}.columns{shape-rendering:crispEdges}.columns .post{strok
 .dense .bar{height:17px}.dense .switch{transform:scale(.65)}.dense .who,.dense .value,.dense.pauses .value{font-size:12.5px;line-height:1.2;padding:0}
 .pauses.dense{columns:3 300px;column-gap:30px}.pauses.dense .row{grid-template-columns:minmax(0,1fr) minmax(0,1.2fr) 62px;gap:0 8px;
 break-inside:avoid}
-.pauses .row{grid-template-columns:minmax(0,220px) minmax(0,1fr) 80px}
+.pauses .row,.waits .row{grid-template-columns:minmax(0,220px) minmax(0,1fr) 80px}
 .chart{margin-top:12px;padding-left:84px;position:relative}.plot{height:190px;position:relative;border-bottom:1px solid var(--soft);
 border-top:1px solid var(--line)}
 .plot svg{position:absolute;inset:0;display:block}.levels{position:absolute;left:0;width:76px;top:0;height:190px;text-align:right;font-size:13px;
@@ -819,7 +883,8 @@ main,footer{padding-left:12px;padding-right:12px}main{padding-top:12px;gap:12px}
 .head{padding:14px 14px 14px;border-left-width:6px}
 h1{font-size:23px}.mark{width:30px;height:30px;font-size:17px}.lead{font-size:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}
 .tile{padding:10px 12px}.tile dd{font-size:21px}
-.row,.pauses .row{grid-template-columns:minmax(0,1fr) auto;padding:3px 0}.row>svg,.row>.ticks{grid-column:1/-1;grid-row:2}.row.axis>span{display:none}
+.row,.pauses .row,.waits .row{grid-template-columns:minmax(0,1fr) auto;padding:3px 0}.row>svg,.row>.ticks{grid-column:1/-1;grid-row:2}
+.row.axis>span{display:none}
 .bar{height:20px}
 .dense .bar{height:14px}.chart{padding-left:0;padding-top:20px}.levels{position:static;width:auto;height:auto}.levels span{left:0;right:auto;
 bottom:auto!important;transform:none;top:0}

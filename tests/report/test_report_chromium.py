@@ -140,7 +140,26 @@ def hostile() -> dict:
     return build(plan, states, locations, "hv1\"><script>x</script>", START, START + 12, [{"name": "<script>c", "requests": 0, "failed": 0}])
 
 
-REPORTS = {case.__name__: case for case in (six_moved, one_moved, mixed, nothing_moved, no_vms, checked, two_hundred, hostile)}
+def kernel_engine() -> dict:
+    """Four by the kernel engine, two that got onto it, and when all that was to be."""
+    counted = {"pages": 65536, "pages_ahead": 51239, "pages_zero": 8650, "pages_demand": 312, "pages_bubble": 3937, "pages_background": 1398,
+               "pages_missing": 0, "bytes_ahead": 209874944, "bytes_after": 23130112, "faults_nowait": 260, "faults_retry": 147, "faults_plain": 1,
+               "faults_joined": 96, "wait_ns_max": 95522315, "wait_ns_total": 912345678, "reconnects": 0, "switch_us": 41532, "late_writes": 0}  # fmt: skip
+    names = ["db1", "web1", "batch1", "batch2", "web2", "idle1"]
+    moves, states = [], []
+    for n, name in enumerate(names):
+        start, onboard = 11.0 * (n // 2), n > 3
+        engine = "precopy" if onboard else "remote_ram"
+        to = "hv2" if n % 2 else "hv3"
+        moves.append(move(name, to, n + 1, engine=engine, onboard=onboard, estimated_start_s=start, estimated_s=10.5))
+        waits = [0] * 9 + [3 * n, 26, 59, 50 + 11 * n, 44, 17, 1, 0, 1] + [0] * 14
+        more = {} if onboard else {"remote_ram": {**counted, "wait_hist": waits}}
+        states.append(migration(name, start + 7, 8.0 - n / 2, 1.5 + n / 3, [212, 120.4, 96, 61.5, 143, 88][n], to, engine=engine, **more))
+    plan = {"source": "hv1", "deadline_s": 60, "elapsed_s": 6.5, "estimated_s": 42.0, "feasible": True, "moves": moves, "hosts": HOSTS}
+    return build(plan, states, {m["vm"]: m["to"] for m in moves}, "hv1", START, START + 47.4, CLIENTS)
+
+
+REPORTS = {case.__name__: case for case in (kernel_engine, six_moved, one_moved, mixed, nothing_moved, no_vms, checked, two_hundred, hostile)}
 
 
 # --- The browser ------------------------------------------------------------------------------------------------------
@@ -271,6 +290,33 @@ def test_page_asks_for_nothing_and_complains_of_nothing(page):
     assert [url for url in urls if not url.startswith("data:")] == [browser.current_url]
     assert browser.title != "owned"
     assert browser.execute_script("return document.querySelectorAll('script, img, iframe, object, main u, main s, main i').length") == 0
+
+
+def test_page_shows_what_the_kernel_counted(page):
+    report, browser = page
+    tables = browser.execute_script("""
+        const found = {};
+        for (const section of document.querySelectorAll('section')) {
+            const rows = [...section.querySelectorAll('tbody tr, .waits .row')], values = row => [...row.querySelectorAll('data')].map(d => d.value);
+            found[section.querySelector('h2').innerText] = rows.map(row => [row.firstElementChild.innerText, values(row)]);
+        }
+        return found;""")
+    counted = {visible(vm["name"]): vm["remote_ram"] for vm in report["vms"] if vm.get("remote_ram")}
+    rows = dict(tables.get("Pages by cause", []))
+    assert rows.keys() == counted.keys()
+    keys = ("pages_ahead", "pages_zero", "pages_demand", "pages_bubble", "pages_background")
+    for name, said in counted.items():
+        faults = said["faults_nowait"] + said["faults_retry"] + said["faults_plain"]
+        assert [int(value) for value in rows[name][:7]] == [*(said[key] for key in keys), faults, sum(said["wait_hist"])]
+    waits = [int(values[0]) for _edges, values in tables.get("How long guests waited for pages on demand", [])]
+    pooled = [sum(column) for column in zip(*(said["wait_hist"] for said in counted.values()), strict=True)]
+    assert sum(waits) == sum(pooled) and [count for count in waits if count] == [count for count in pooled if count]
+    planned = {visible(vm["name"]): vm for vm in report["vms"] if vm["planned_start_s"] is not None and vm["started_s"] is not None and not report["check"]}
+    rows = dict(tables.get("Planned and real", []))
+    assert rows.keys() == planned.keys()
+    for name, vm in planned.items():
+        keys = ("precopy_timeout_s", "precopy_s", "planned_start_s", "started_s", "planned_finish_s", "finished_s")
+        assert [float(value) for value in rows[name]] == [vm[key] for key in keys if vm[key] is not None]
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -152,7 +152,7 @@ def world(monkeypatch, clock, tmp_path):
     monkeypatch.setattr(_migrate_remote_ram, "QmpClient", Client)
     monkeypatch.setattr(_migrate_remote_ram, "RamFile", File)
     monkeypatch.setattr(_migrate_remote_ram, "is_remote_ram", lambda path: True)
-    monkeypatch.setattr(_migrate_remote_ram.os, "unlink", lambda path: world.call(f"unlink {path}"))
+    monkeypatch.setattr(_migrate_qmp.os, "unlink", lambda path: world.call(f"unlink {path}"))
     monkeypatch.setattr(_migrate_remote_ram, "forget", lambda name: world.call("forget"))
     monkeypatch.setattr(_migrate_qmp, "listens", lambda address, port: None)
     monkeypatch.setattr(_migrate_qmp, "systemctl", systemctl)

@@ -39,14 +39,15 @@ def test_report_has_what_data_md_says():
     made = report(migrations=[MOVED], locations={"web1": "hv2"}, clients=[{"name": "probe", "requests": 10, "failed": 1}])
     assert {key: value for key, value in made.items() if key not in ("vms", "plan")} == {
         "format": 1, "host": "hv1", "direction": "away", "started": "2026-11-23T10:00:00Z", "finished": "2026-11-23T10:00:10Z", "failed": 0, "deadline_s": 600,
-        "elapsed_s": 10.5, "empty": True, "check": False,
+        "elapsed_s": 10.5, "freed_s": 7.7, "empty": True, "check": False,
         "clients": [{"name": "probe", "requests": 10, "failed": 1, "worst_ms": None, "p50_ms": None, "p99_ms": None}],
     }
     assert made["plan"] == PLAN
     assert made["vms"] == [{
         "name": "web1", "driver": "libvirt", "result": "moved", "reason": "", "engine": "precopy", "from": "hv1", "to": "hv2", "location": "hv2",
         "downtime_ms": 120, "total_ms": 7300, "bytes": 158000000, "started_s": 0.4, "switched_s": 6.5, "finished_s": 7.7,
-        "memory_mib": 256, "dirty_rate_mib_s": 12.5, "precopy_timeout_s": 8, "samples": MOVED["samples"],
+        "memory_mib": 256, "dirty_rate_mib_s": 12.5, "precopy_timeout_s": 8, "precopy_s": 6.1, "planned_start_s": None, "planned_finish_s": None,
+        "onboarded": False, "samples": MOVED["samples"],
     }]
 
 
@@ -293,3 +294,29 @@ def test_what_the_kernel_counted_is_kept_and_nothing_else():
 
 def test_other_engines_have_no_such_field():
     assert "remote_ram" not in report(migrations=[MOVED], locations={"web1": "hv2"})["vms"][0]
+
+
+# --- Planned and real ---
+
+
+def test_times_of_the_plan_count_from_the_start_of_the_evacuation():
+    plan = {**PLAN, "elapsed_s": 12.5, "moves": [{**MOVE, "estimated_start_s": 3, "estimated_s": 9.5}]}
+    (vm,) = report(plan, [MOVED], {"web1": "hv2"})["vms"]
+    assert (vm["planned_start_s"], vm["planned_finish_s"], vm["precopy_s"]) == (15.5, 25.0, 6.1)
+
+
+def test_the_host_is_free_when_the_last_vm_has_its_last_page():
+    plan = {"source": "hv1", "moves": [MOVE, {**MOVE, "vm": "web2"}]}
+    late = {**MOVED, "vm": "web2", "finished": START + 9.25}
+    assert report(plan, [MOVED, late], {"web1": "hv2", "web2": "hv2"})["freed_s"] == 9.25
+    assert report(plan, [MOVED, late], {"web1": "hv2", "web2": "hv1"})["freed_s"] is None
+    assert report(plan, [MOVED, {**late, "finished": None, "result": None}], {"web1": "hv2", "web2": "hv2"})["freed_s"] is None
+    back = report(plan, [{**MOVED, "to": "hv1", "from": "hv2"}], {"web1": "hv1", "web2": "hv2"}, direction="back")
+    assert back["failed"] == 1 and back["freed_s"] is None
+
+
+def test_who_got_onto_remote_ram_is_told_only_of_those_that_moved():
+    plan = {"source": "hv1", "moves": [{**MOVE, "onboard": True}]}
+    assert report(plan, [MOVED], {"web1": "hv2"})["vms"][0]["onboarded"] is True
+    assert report(plan, [{**MOVED, "result": "failed"}], {"web1": "hv1"})["vms"][0]["onboarded"] is False
+    assert report(migrations=[MOVED], locations={"web1": "hv2"})["vms"][0]["onboarded"] is False
