@@ -121,12 +121,13 @@ SLOW = "dirty.rate=1 dirty.pattern=random dirty.report=1 dirty.sweep=120"
 #: Sets of guests by what they are for.
 SETS = {
     "demo": (
-        Guest("web1", "libvirt", memory_mib=128, words=f"dirty.mib=32 dirty.rate=1 dirty.pattern=random {CALM}"),
-        Guest("web2", "qmp", memory_mib=160, words=f"dirty.mib=64 dirty.rate=4 dirty.pattern=hot dirty.hot_mib=8 {CALM}"),
-        Guest("batch1", "libvirt", memory_mib=256, words=f"dirty.mib=128 dirty.rate=12 dirty.pattern=seq {CALM}"),
-        Guest("batch2", "qmp", memory_mib=256, words=f"dirty.mib=128 dirty.rate=8 dirty.pattern=random {CALM}"),
+        Guest("web1", "qmp", memory_mib=160, words=f"dirty.mib=64 dirty.rate=4 dirty.pattern=hot dirty.hot_mib=8 {CALM}", remote_ram=True),
+        Guest("batch1", "qmp", memory_mib=256, words=f"dirty.mib=128 dirty.rate=12 dirty.pattern=seq {CALM}", remote_ram=True),
+        Guest("batch2", "qmp", memory_mib=256, words=f"dirty.mib=128 dirty.rate=8 dirty.pattern=random {CALM}", remote_ram=True),
+        Guest("db1", "qmp", kind="valkey", memory_mib=256, remote_ram=True),
+        # With ordinary memory: they have it on remote_ram once they have moved.
+        Guest("web2", "qmp", memory_mib=128, words=f"dirty.mib=32 dirty.rate=1 dirty.pattern=random {CALM}"),
         Guest("idle1", "qmp", memory_mib=128, words=f"dirty.mib=16 dirty.rate=-1 {CALM}"),
-        Guest("db1", "libvirt", kind="valkey", memory_mib=256),
     ),
     "small": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=32 dirty.rate=4 dirty.pattern=random dirty.report=1"),
