@@ -65,7 +65,7 @@ def main(pattern: str, seconds: str, target: str) -> int:
         time.sleep(5)
         file.attach()
         file.dst("tune", what=BACKGROUND, value=0)
-        guests.append(test_guest.Guest(file.dest, file, incoming=True, words=words))
+        guests.append(test_guest.Guest(file.dest, file, incoming=test_guest.ARRIVES, words=words))
         file.dest.sh(f"cd {TRACING} && echo 16384 > buffer_size_kb && echo > trace && for e in fault fault_done; do "
                      "echo 1 > events/remote_ram/rram_$e/enable; done; echo 1 > tracing_on")  # fmt: skip
         test_guest.move(file, guests[0], guests[1], 0)

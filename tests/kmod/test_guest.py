@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import pathlib
 import time
+import types
 
 import pytest
 
 from hosts import BACKGROUND, LOST, POSTCOPY, RECONNECTING, cut, slow, wait_for
 
 MIB = 96
+ARRIVES = "tcp:0.0.0.0:7100"
 CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "pause-before-switchover")]
 
 
@@ -31,9 +34,12 @@ def initramfs():
 
 
 class Guest:
-    """QEMU on one host, stock, with its RAM on a file of ours."""
+    """QEMU on one host, stock, with its RAM on a file of ours.
 
-    def __init__(self, host, file, incoming=False, more="", words="dirty.mib=20 dirty.rate=4 dirty.pattern=random dirty.report=1"):
+    :param incoming: whence the state of its devices comes, if it is not to boot.
+    """
+
+    def __init__(self, host, file, incoming=None, more="", words="dirty.mib=20 dirty.rate=4 dirty.pattern=random dirty.report=1"):
         self.host, self.file = host, file
         self.base = f"/dev/shm/{file.name}"
         self.log, self.socket = f"{self.base}.log", f"{self.base}.qmp"
@@ -50,7 +56,7 @@ class Guest:
         self.pid = int(host.sh(f"cat {self.base}.pid"))
         if incoming:
             self.qmp("migrate-set-capabilities", capabilities=CAPABILITIES)
-            self.qmp("migrate-incoming", uri="tcp:0.0.0.0:7100")
+            self.qmp("migrate-incoming", uri=incoming)
 
     def qmp(self, command, **arguments):
         return self.host.do("qmp", path=self.socket, command=command, **arguments)
@@ -70,8 +76,36 @@ class Guest:
         assert '"error"' not in said, said[-2000:]
 
 
-def move(file, guest, incoming, precopy_ms):
-    """The whole of a move. Returns when the guest has left."""
+#: A guest that has just booted, kept outside of any file of ours: name and path of its memory, and beside it the state of its devices.
+BOOTED = types.SimpleNamespace(name="booted", path="/dev/shm/booted.memory")
+STATE = "/dev/shm/booted.state"
+
+
+def boot(host):
+    """Boots a guest on a host and keeps it."""
+    guest = Guest(host, BOOTED)
+    wait_for(lambda: '"started"' in host.sh(f"cat {guest.log}"), 240)
+    guest.qmp("stop")
+    guest.qmp("migrate-set-capabilities", capabilities=CAPABILITIES[:1])
+    guest.qmp("migrate", uri=f"exec:cat > {STATE}.new")
+    wait_for(lambda: guest.qmp("query-migrate")["status"] == "completed", 120)
+    guest.qmp("quit")
+    wait_for(lambda: not guest.alive())
+    host.sh(f"mv {STATE}.new {STATE}")
+
+
+def booted(host, file):
+    """A guest that runs on a file, as it was after it had booted."""
+    # Zeroes that it never wrote stay holes.
+    host.sh(f"dd if={BOOTED.path} of={file.path} bs=16k conv=notrunc,sparse status=none")
+    guest = Guest(host, file, incoming=f"exec:cat {STATE}")
+    wait_for(lambda: guest.qmp("query-status")["status"] == "paused", 120)
+    guest.qmp("cont")
+    return guest
+
+
+def move(file, guest, incoming, precopy_ms, end="quit"):
+    """The whole of a move. Returns when the guest has left, by its own QEMU's end or a violent one."""
     file.export()
     if precopy_ms:
         file.precopy(precopy_ms)
@@ -81,18 +115,26 @@ def move(file, guest, incoming, precopy_ms):
     file.src("switch")
     guest.qmp("migrate-continue", state="pre-switchover")
     wait_for(lambda: guest.qmp("query-migrate")["status"] == "completed", 120)
-    guest.qmp("quit")
+    if end == "quit":
+        guest.qmp("quit")
+    else:
+        guest.kill()
+    wait_for(lambda: not guest.alive())
     assert file.src("stats")["late_writes"] == 0
 
 
 @pytest.fixture
 def vm(ram, hosts, initramfs):
-    """A guest that runs on the first host."""
+    """A guest that runs on the first host. It has booted once, for all tests, unless that host has been started again since."""
     for host in hosts:
-        host.lab.put(host.name, initramfs, "/root/kmod/tiny.cpio")
+        host.lab.put(host.name, initramfs, "/root/kmod/tiny.cpio", timeout=slow(120))
+    first = hosts[0]
+    kept = hashlib.sha256(pathlib.Path(__file__).read_bytes() + initramfs.read_bytes()).hexdigest()
+    if first.sh(f"cat {STATE}.of 2>/dev/null", check=False) != kept:
+        boot(first)
+        first.sh(f"printf %s {kept} > {STATE}.of")
     file = ram(MIB, fill=False)
-    guests = [Guest(file.source, file)]
-    wait_for(lambda: '"started"' in guests[0].host.sh(f"cat {guests[0].log}"), 240)
+    guests = [booted(first, file)]
     yield file, guests
     for guest in guests:
         guest.kill(18)
@@ -102,27 +144,31 @@ def vm(ram, hosts, initramfs):
 def test_a_guest_is_moved_and_moved_back(vm):
     file, guests = vm
     file.attach()
-    guests.append(Guest(file.dest, file, incoming=True))
+    guests.append(Guest(file.dest, file, incoming=ARRIVES))
     move(file, guests[0], guests[1], 3000)
-    # In the middle: stopped, looked into by a debugger, and running again.
-    file.dst("tune", what=BACKGROUND, value=0)
-    wait_for(lambda: guests[1].qmp("query-status")["status"] == "running", 120)
-    guests[1].kill(19)
-    said = file.dest.sh(f"gdb -nx -q -batch -p {guests[1].pid} -ex 'info threads' -ex detach 2>&1 | tail -20")
-    assert "Thread" in said or "LWP" in said, said
-    guests[1].kill(18)
-    file.dst("tune", what=BACKGROUND, value=1)
     file.complete()
     guests[1].check()
-    assert file.dst("stats")["faults_nowait"] + file.dst("stats")["faults_retry"] + file.dst("stats")["faults_plain"] > 0
-    # Back, without pre-copy, and with the connection cut while it runs.
+    # Back, without pre-copy. The source's QEMU is killed, and its file serves all there is.
     file.release()
     file.turn_round()
-    wait_for(lambda: not guests[0].alive())
     file.attach(heartbeat_ms=300, dead_ms=2000)
-    guests.append(Guest(file.dest, file, incoming=True))
-    move(file, guests[1], guests[2], 0)
+    file.dst("tune", what=BACKGROUND, value=0)
+    guests.append(Guest(file.dest, file, incoming=ARRIVES))
+    move(file, guests[1], guests[2], 0, end="kill")
+    wait_for(lambda: guests[2].qmp("query-status")["status"] == "running", 120)
+    # In the middle: stopped, and while a debugger holds it another process reads its memory, which arrives for that.
+    before = file.dst("stats")
+    assert before["pages_missing"] > 0 and before["faults_nowait"] + before["faults_retry"] + before["faults_plain"] > 0
+    guests[2].kill(19)
+    reader, size = file.dest.reader(guests[2].pid, file, 97)
+    said = file.dest.sh(f"gdb -nx -q -batch -p {guests[2].pid} -ex 'info threads' -ex 'shell {reader}' -ex detach 2>&1 | tail -20")
+    assert ("Thread" in said or "LWP" in said) and size in said.split(), said
+    after = file.dst("stats")
+    assert after["faults_plain"] > before["faults_plain"] and 0 < after["pages_missing"] < before["pages_missing"]
+    guests[2].kill(18)
+    # And the connection is cut while it runs.
     file.dest.sh("echo 1 > /sys/kernel/debug/remote_ram/inject_drop")
+    file.dst("tune", what=BACKGROUND, value=1)
     file.complete()
     guests[2].check()
 
@@ -131,7 +177,7 @@ def test_a_guest_whose_qemu_aborts_in_the_middle_can_be_read(vm):
     """A core dump pulls what is missing, and the whole RAM can be read from the file afterwards."""
     file, guests = vm
     file.attach()
-    guests.append(Guest(file.dest, file, incoming=True, more="-S"))
+    guests.append(Guest(file.dest, file, incoming=ARRIVES, more="-S"))
     file.dst("tune", what=BACKGROUND, value=0)
     move(file, guests[0], guests[1], 1000)
     assert file.dst("stats")["state"] == POSTCOPY
@@ -156,7 +202,7 @@ def test_rule_6_a_guest_that_waits_without_a_line_can_be_killed(vm):
     """KVM faults for it in a workqueue, where nothing can be killed, and its process waits for that when it ends."""
     file, guests = vm
     file.attach(heartbeat_ms=300, dead_ms=2000)
-    guests.append(Guest(file.dest, file, incoming=True))
+    guests.append(Guest(file.dest, file, incoming=ARRIVES))
     file.dst("tune", what=BACKGROUND, value=0)
     move(file, guests[0], guests[1], 0)
     wait_for(lambda: file.dst("stats")["faults_nowait"] > 0)
