@@ -181,14 +181,20 @@ class Host:
     def install(self, folder, transport):
         """Loads the modules and mounts the file system, with one kind of device on the migration network."""
         self.transport, self.cut = transport, False
+        prepare = f"umount /run/remote_ram 2>/dev/null; rmmod remote_ram 2>/dev/null; mkdir -p {PROGRAMS} /run/remote_ram; cat {PROGRAMS}/from 2>/dev/null"
+        there = self.lab.ssh(self.name, prepare, check=False, timeout=slow(300)).stdout
+        # A folder's name says what is in it. It is noted when all of it is there, and forgotten while that changes.
         files = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"}
-        files["agent.py"] = HERE / "agent.py"
-        self.lab.ssh(self.name, f"umount /run/remote_ram 2>/dev/null; rmmod remote_ram 2>/dev/null; mkdir -p {PROGRAMS} /run/remote_ram", timeout=slow(300))
-        for name, path in files.items():
-            self.lab.put(self.name, path, f"{PROGRAMS}/{name}", before=f"rm -f {PROGRAMS}/{name}", timeout=slow(120))
+        tasks = []
         if "modules.tar" in files:  # of a kernel that the host's image doesn't know
-            unpack = f"tar -C / -xf {PROGRAMS}/modules.tar && depmod && modprobe kvm_amd && echo clear > /sys/kernel/debug/kmemleak"
-            self.lab.ssh(self.name, unpack, timeout=slow(300))
+            tasks = [f"tar -C / -xf {PROGRAMS}/modules.tar", "depmod"] if there != folder.name else []
+            tasks += ["modprobe kvm_amd", "echo clear > /sys/kernel/debug/kmemleak"]
+        if there == folder.name:
+            files = {}
+        for name, path in {**files, "agent.py": HERE / "agent.py"}.items():
+            self.lab.put(self.name, path, f"{PROGRAMS}/{name}", before=f"rm -f {PROGRAMS}/from {PROGRAMS}/{name}", timeout=slow(120))
+        tasks += [f"printf %s {folder.name} > {PROGRAMS}/from"]
+        self.lab.ssh(self.name, " && ".join(tasks), timeout=slow(300))
         # One that is loaded may be another one.
         driver = f"{{ test ! -e /sys/module/siw || rmmod siw; }} && insmod {PROGRAMS}/siw.ko" if transport == "siw" else "modprobe rdma_rxe"
         self.lab.ssh(
