@@ -331,20 +331,29 @@ static bool rram_get_key(struct rram_session *s, unsigned long index,
 	return false;
 }
 
+/* As rram_grab(), and says who pays for a page that is made. */
+static struct folio *rram_grab_charged(struct rram_session *s,
+				       unsigned long index)
+{
+	struct mem_cgroup *outer;
+	struct folio *folio;
+
+	if (current->mm)
+		return rram_grab(s->f, index);
+	/* A kernel thread on behalf of somebody else has nobody to charge. */
+	outer = set_active_memcg(s->dst->memcg);
+	folio = rram_grab(s->f, index);
+	set_active_memcg(outer);
+	return folio;
+}
+
 /* Starts the READ of a page whose bit the caller has taken. */
 static int rram_demand_taken(struct rram_session *s, unsigned long index,
 			     struct rram_fetch *r, const struct rram_key *key)
 {
-	struct mem_cgroup *memcg = NULL;
-	struct folio *folio;
+	struct folio *folio = rram_grab_charged(s, index);
 	int err;
 
-	/* A kernel thread on behalf of somebody else has nobody to charge. */
-	if (!current->mm)
-		memcg = set_active_memcg(s->dst->memcg);
-	folio = rram_grab(s->f, index);
-	if (!current->mm)
-		set_active_memcg(memcg);
 	if (IS_ERR(folio))
 		return PTR_ERR(folio);
 	r->first = index;
@@ -475,7 +484,6 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 		     struct rram_offer *offer)
 {
 	struct rram_file *f = s->f;
-	struct mem_cgroup *memcg;
 	struct rram_fetch *r;
 	struct rram_key key;
 	unsigned int n = 0;
@@ -490,7 +498,6 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 		rram_fetch_put(r);
 		return -ENOTCONN;
 	}
-	memcg = set_active_memcg(s->dst->memcg);
 	while (n < nr) {
 		unsigned long index = first + n;
 		struct folio *folio;
@@ -502,14 +509,13 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 			rram_untake(f, index);
 			break;
 		}
-		folio = rram_grab(f, index);
+		folio = rram_grab_charged(s, index);
 		if (IS_ERR(folio)) {
 			rram_untake(f, index);
 			break;
 		}
 		r->folio[n++] = folio;
 	}
-	set_active_memcg(memcg);
 	if (!n) {
 		rram_fetch_put(r);
 		return -EBUSY;
@@ -1024,19 +1030,55 @@ static void rram_ask_for_keys(struct rram_session *s)
 	rram_msg_send(s, b, struct_size(m, chunk, n));
 }
 
+/*
+ * READs the next pages that nobody waits for, @most at most. Returns how many,
+ * or an error when there is nothing to do for now.
+ */
+static int rram_pull_next(struct rram_session *s, unsigned int most)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_file *f = s->f;
+	struct rram_run run;
+	bool bubble;
+	int n;
+
+	spin_lock(&dst->order_lock);
+	run = rram_order_next(&dst->order, f->missing, f->inflight, f->heat,
+			      most, &bubble);
+	spin_unlock(&dst->order_lock);
+	if (rram_order_idle(&dst->order, run)) {
+		/*
+		 * Passed by, and not arrived: taken by somebody who gave it up,
+		 * or lost with a connection.
+		 */
+		if (!atomic_read(&dst->active)) {
+			spin_lock(&dst->order_lock);
+			rram_order_failed(&dst->order, 0);
+			spin_unlock(&dst->order_lock);
+		}
+		return -EAGAIN;
+	}
+	if (!run.nr)
+		return 0;
+	n = rram_pull(s, run.first, run.nr, bubble ?
+		      RRAM_CAUSE_BUBBLE : RRAM_CAUSE_BACKGROUND, NULL);
+	if (n < 0) {
+		spin_lock(&dst->order_lock);
+		rram_order_failed(&dst->order, run.first);
+		spin_unlock(&dst->order_lock);
+	}
+	return n;
+}
+
 /* Pulls what nobody waits for. */
 static void rram_pull_step(struct rram_session *s)
 {
 	struct rram_dest *dst = s->dst;
-	struct rram_file *f = s->f;
 
 	if (!READ_ONCE(s->background))
 		return;
 	for (;;) {
-		struct rram_run run;
-		bool bubble;
-		unsigned int max = s->batch;
-		u64 unused;
+		unsigned int most = READ_ONCE(s->batch);
 		int n;
 
 		/*
@@ -1047,43 +1089,17 @@ static void rram_pull_step(struct rram_session *s)
 			if (atomic_read(&dst->active) >
 			    atomic_read(&dst->demand))
 				return;
-			max = min(max, 8U);
+			most = min(most, 8U);
 		}
 		if (list_empty_careful(&dst->bulk))
 			return;
-		if (rram_throttled(s, (u64)max << PAGE_SHIFT))
+		if (rram_throttled(s, (u64)most << PAGE_SHIFT))
 			return;
-		unused = (u64)max << PAGE_SHIFT;
-		spin_lock(&dst->order_lock);
-		run = rram_order_next(&dst->order, f->missing, f->inflight,
-				      f->heat, max, &bubble);
-		spin_unlock(&dst->order_lock);
-		if (rram_order_idle(&dst->order, run)) {
-			/*
-			 * Passed by, and not arrived: taken by somebody who
-			 * gave it up, or lost with a connection.
-			 */
-			if (!atomic_read(&dst->active)) {
-				spin_lock(&dst->order_lock);
-				rram_order_failed(&dst->order, 0);
-				spin_unlock(&dst->order_lock);
-			}
-			rram_unthrottle(s, unused);
+		n = rram_pull_next(s, most);
+		/* What is not READ takes no bandwidth. */
+		rram_unthrottle(s, (u64)(most - max(n, 0)) << PAGE_SHIFT);
+		if (n < 0)
 			return;
-		}
-		if (!run.nr) {
-			rram_unthrottle(s, unused);
-			continue;
-		}
-		n = rram_pull(s, run.first, run.nr, bubble ?
-			      RRAM_CAUSE_BUBBLE : RRAM_CAUSE_BACKGROUND, NULL);
-		rram_unthrottle(s, unused - ((u64)max(n, 0) << PAGE_SHIFT));
-		if (n < 0) {
-			spin_lock(&dst->order_lock);
-			rram_order_failed(&dst->order, run.first);
-			spin_unlock(&dst->order_lock);
-			return;
-		}
 	}
 }
 
