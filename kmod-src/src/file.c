@@ -51,25 +51,42 @@ static wait_queue_head_t *rram_waitq(struct rram_file *f, unsigned long index)
 /* Somebody who waits for a page, in a queue that other pages share. */
 struct rram_waiter {
 	struct wait_queue_entry entry;
-	unsigned long index;
+	struct rram_place place;
 };
 
 static int rram_wake_waiter(struct wait_queue_entry *entry, unsigned int mode,
 			    int sync, void *key)
 {
 	struct rram_waiter *w = container_of(entry, struct rram_waiter, entry);
+	const struct rram_run *run = key;
 
 	/* Without a key there is news for all. */
-	if (key && *(unsigned long *)key != w->index)
+	if (run && w->place.index - run->first >= run->nr)
 		return 0;
 	return woken_wake_function(entry, mode, sync, key);
 }
 
 void rram_wake_page(struct rram_file *f, unsigned long index)
 {
+	struct rram_run run = { .first = index, .nr = 1 };
+
 	/* The bit that the sleeper looks at was changed before this. */
 	if (wq_has_sleeper(rram_waitq(f, index)))
-		__wake_up(rram_waitq(f, index), TASK_NORMAL, 0, &index);
+		__wake_up(rram_waitq(f, index), TASK_NORMAL, 0, &run);
+}
+
+/* There is news of a chunk's key. */
+void rram_wake_chunk(struct rram_file *f, unsigned long chunk)
+{
+	struct rram_run run = {
+		.first = chunk << RRAM_CHUNK_SHIFT,
+		.nr = RRAM_CHUNK_PAGES,
+	};
+	unsigned int i;
+
+	for (i = 0; i < RRAM_WAITS; i++)
+		if (wq_has_sleeper(&f->wait[i]))
+			__wake_up(&f->wait[i], TASK_NORMAL, 0, &run);
 }
 
 void rram_wake_pages(struct rram_file *f)
@@ -107,7 +124,7 @@ static bool rram_on_behalf(void)
 static int rram_await(struct rram_file *f, unsigned long index,
 		      enum rram_patience patience)
 {
-	struct rram_waiter w = { .index = index };
+	struct rram_waiter w = { .place.index = index };
 	int mode = patience == RRAM_WAIT_KILLABLE ? TASK_KILLABLE :
 						    TASK_INTERRUPTIBLE;
 	struct rram_session *s = rram_session_get(f);
@@ -117,6 +134,7 @@ static int rram_await(struct rram_file *f, unsigned long index,
 	u64 ns;
 	int err;
 
+	INIT_LIST_HEAD(&w.place.list);
 	init_waitqueue_func_entry(&w.entry, rram_wake_waiter);
 	w.entry.private = current;
 	add_wait_queue(rram_waitq(f, index), &w.entry);
@@ -140,7 +158,7 @@ static int rram_await(struct rram_file *f, unsigned long index,
 			err = rram_missing(f, index) ? -EIO : 0;
 			goto out;
 		}
-		err = rram_demand(s, index);
+		err = rram_demand(s, index, &w.place);
 		if (!err || rram_no_room(err))
 			goto out;
 		if (!told) {
@@ -163,7 +181,10 @@ static int rram_await(struct rram_file *f, unsigned long index,
 			err = -EINTR;
 			goto out;
 		}
-		/* Woken when the page comes, a key comes, or the state changes. */
+		/*
+		 * Woken when the page comes, a key comes, a READ is free, or the
+		 * state changes.
+		 */
 		left = wait_woken(&w.entry, mode, left);
 		if (!left) {
 			err = -EINTR;
@@ -173,6 +194,7 @@ static int rram_await(struct rram_file *f, unsigned long index,
 out:
 	remove_wait_queue(rram_waitq(f, index), &w.entry);
 	if (s) {
+		rram_place_leave(s, &w.place);
 		if (told) {
 			ns = ktime_to_ns(ktime_sub(ktime_get(), begun));
 			atomic64_add(ns, &s->count.wait_ns_total);
@@ -231,7 +253,7 @@ static vm_fault_t rram_fault_missing(struct vm_fault *vmf, struct rram_file *f)
 		 * for good it has to be said with the lock held, or this would
 		 * go on for ever. KVM faults again, in the guest's name.
 		 */
-		err = s && !rram_on_behalf() ? rram_demand(s, index) : 0;
+		err = s && !rram_on_behalf() ? rram_demand(s, index, NULL) : 0;
 		if (rram_no_room(err) || rram_on_behalf()) {
 			if (s)
 				rram_session_put(s);

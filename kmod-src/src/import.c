@@ -48,8 +48,9 @@ struct rram_key {
  * @offers: OFFERs that are not through, oldest first
  * @done: OFFERs to confirm, under @fetch_lock
  * @nr_offers: OFFERs in both lists, or between them
- * @fetch_lock: @urgent, @bulk, @done
+ * @fetch_lock: @urgent, @bulk, @queue, @done
  * @urgent: READs of one page that are free
+ * @queue: those who wait for one, in order; empty if there are any
  * @bulk: READs of several that are free
  * @fetches: all of both
  * @active: READs under way
@@ -80,8 +81,9 @@ struct rram_dest {
 	struct list_head offers;
 	struct list_head done;
 	unsigned int nr_offers;
-	spinlock_t fetch_lock;	/* urgent, bulk, done */
+	spinlock_t fetch_lock;	/* urgent, bulk, queue, done */
 	struct list_head urgent;
+	struct list_head queue;
 	struct list_head bulk;
 	struct rram_fetch *fetches;
 	atomic_t active;
@@ -118,33 +120,84 @@ static void rram_offer_put(struct rram_session *s, struct rram_offer *o)
 	rram_poke(s);
 }
 
-static struct rram_fetch *rram_fetch_get(struct rram_session *s, bool bulk)
+/*
+ * A READ that is free. If there is none, whoever has a place waits for one in
+ * the queue.
+ */
+static struct rram_fetch *rram_fetch_get(struct rram_session *s, bool bulk,
+					 struct rram_place *p)
 {
 	struct rram_dest *dst = s->dst;
 	struct rram_fetch *r;
 	unsigned long flags;
 
 	spin_lock_irqsave(&dst->fetch_lock, flags);
-	r = list_first_entry_or_null(bulk ? &dst->bulk : &dst->urgent,
-				     struct rram_fetch, list);
-	if (r)
-		list_del(&r->list);
+	if (p && p->fetch) {
+		r = p->fetch;
+		p->fetch = NULL;
+		p->taken = false;
+	} else {
+		r = list_first_entry_or_null(bulk ? &dst->bulk : &dst->urgent,
+					     struct rram_fetch, list);
+		if (r) {
+			list_del(&r->list);
+		} else if (p && !p->taken) {
+			list_add_tail(&p->list, &dst->queue);
+			p->taken = true;
+		}
+	}
 	spin_unlock_irqrestore(&dst->fetch_lock, flags);
 	return r;
 }
 
+/* Gives a READ to the first in the queue, and wakes nobody else. */
 static void rram_fetch_put(struct rram_fetch *r)
 {
-	struct rram_dest *dst = r->s->dst;
-	unsigned long flags;
-	bool waited;
+	struct rram_session *s = r->s;
+	struct rram_dest *dst = s->dst;
+	struct rram_place *p = NULL;
+	unsigned long flags, index;
 
 	spin_lock_irqsave(&dst->fetch_lock, flags);
-	waited = !r->bulk && list_empty(&dst->urgent);
-	list_add(&r->list, r->bulk ? &dst->bulk : &dst->urgent);
+	if (!r->bulk)
+		p = list_first_entry_or_null(&dst->queue, struct rram_place,
+					     list);
+	if (p) {
+		list_del_init(&p->list);
+		p->fetch = r;
+		index = p->index;
+	} else {
+		list_add(&r->list, r->bulk ? &dst->bulk : &dst->urgent);
+	}
 	spin_unlock_irqrestore(&dst->fetch_lock, flags);
-	if (waited)
-		rram_wake_pages(r->s->f);
+	/* From here on p may be gone, and r under way again. */
+	if (p)
+		rram_wake_page(s->f, index);
+}
+
+/**
+ * rram_place_leave - give up a place in the queue
+ * @s: a destination's session
+ * @p: the place
+ *
+ * A READ that was handed over meanwhile goes to the next in the queue.
+ */
+void rram_place_leave(struct rram_session *s, struct rram_place *p)
+{
+	struct rram_dest *dst = s->dst;
+	struct rram_fetch *r;
+	unsigned long flags;
+
+	if (!p->taken)
+		return;
+	spin_lock_irqsave(&dst->fetch_lock, flags);
+	list_del_init(&p->list);
+	r = p->fetch;
+	p->fetch = NULL;
+	p->taken = false;
+	spin_unlock_irqrestore(&dst->fetch_lock, flags);
+	if (r)
+		rram_fetch_put(r);
 }
 
 /* Lets go of a page that was taken and not READ. */
@@ -391,13 +444,16 @@ bool rram_no_room(int err)
  * rram_demand - see to it that a page comes
  * @s: a destination's session
  * @index: the page
+ * @place: of somebody who is going to wait for the page, and who calls this
+ *	again or leaves; NULL if the caller does not wait
  *
  * Return: 0 when the page is here; what rram_no_room() knows, when no page can
  * be made for it; anything else: it is on its way, or can't be fetched at this
- * moment. Either way who waits is woken when
- * there is a reason to call this again.
+ * moment. Either way who waits is woken when there is a reason to call this
+ * again.
  */
-int rram_demand(struct rram_session *s, unsigned long index)
+int rram_demand(struct rram_session *s, unsigned long index,
+		struct rram_place *place)
 {
 	struct rram_file *f = s->f;
 	struct rram_fetch *r;
@@ -429,7 +485,7 @@ int rram_demand(struct rram_session *s, unsigned long index)
 	if (test_bit(index, f->inflight))
 		goto up;
 	err = -EBUSY;
-	r = rram_fetch_get(s, false);
+	r = rram_fetch_get(s, false, place);
 	if (!r)
 		goto up;
 	/* Its last completion may come twice on a connection that is broken. */
@@ -457,6 +513,9 @@ up:
 	up_read(&s->linksem);
 	if (ahead)
 		up_read(&f->stale);
+	/* Nobody sleeps with a READ in their hands, or queues for none. */
+	if (place && err != -EBUSY)
+		rram_place_leave(s, place);
 	return err;
 }
 
@@ -491,7 +550,7 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 
 	if (!rram_get_key(s, first, &key))
 		return -EAGAIN;
-	r = rram_fetch_get(s, true);
+	r = rram_fetch_get(s, true, NULL);
 	if (!r)
 		return -EBUSY;
 	if (READ_ONCE(s->broken)) {
@@ -674,7 +733,7 @@ static bool rram_set_key(struct rram_session *s, const struct rram_wire_key *k)
 	dst->key[chunk].valid = true;
 	spin_unlock(&dst->key_lock);
 	if (test_and_clear_bit(chunk, dst->want))
-		rram_wake_pages(s->f);
+		rram_wake_chunk(s->f, chunk);
 	clear_bit(chunk, dst->asked);
 	atomic64_inc(&s->count.keys);
 	return true;
@@ -990,8 +1049,6 @@ bool rram_dest_message(struct rram_session *s, struct rram_buf *b)
 		for (i = 0; i < n; i++)
 			if (!rram_set_key(s, &m->key[i]))
 				return false;
-		if (!bitmap_empty(dst->want, dst->nr_chunks) || n)
-			rram_wake_pages(s->f);
 		return true;
 	}
 	case RRAM_MSG_BYE:
@@ -1310,6 +1367,7 @@ int rram_dest_new(struct rram_session *s)
 	INIT_LIST_HEAD(&dst->offers);
 	INIT_LIST_HEAD(&dst->done);
 	INIT_LIST_HEAD(&dst->urgent);
+	INIT_LIST_HEAD(&dst->queue);
 	INIT_LIST_HEAD(&dst->bulk);
 	dst->rate_at = ktime_get();
 	dst->looked_at = jiffies;

@@ -166,6 +166,20 @@ struct rram_fetch {
 	struct folio **folio;
 };
 
+/**
+ * struct rram_place - somebody's place in the queue for a READ of one page
+ * @list: in rram_dest.queue
+ * @index: the page they wait for
+ * @fetch: what was handed over to them
+ * @taken: one of the two above is or was set; the owner's own
+ */
+struct rram_place {
+	struct list_head list;
+	unsigned long index;
+	struct rram_fetch *fetch;
+	bool taken;
+};
+
 /* A message's buffer. */
 struct rram_buf {
 	struct ib_cqe cqe;
@@ -364,6 +378,7 @@ void rram_unthrottle(struct rram_session *s, u64 bytes);
 void rram_fail(struct rram_session *s, enum rram_reason reason);
 void rram_wake_pages(struct rram_file *f);
 void rram_wake_page(struct rram_file *f, unsigned long index);
+void rram_wake_chunk(struct rram_file *f, unsigned long chunk);
 
 /* link.c */
 int rram_link_init(void);
@@ -413,7 +428,9 @@ bool rram_dest_message(struct rram_session *s, struct rram_buf *b);
 bool rram_dest_lingers(struct rram_session *s);
 bool rram_dest_stuck(struct rram_session *s);
 bool rram_dest_step(struct rram_session *s);
-int rram_demand(struct rram_session *s, unsigned long index);
+int rram_demand(struct rram_session *s, unsigned long index,
+		struct rram_place *place);
+void rram_place_leave(struct rram_session *s, struct rram_place *p);
 bool rram_no_room(int err);
 void rram_dest_fault(struct rram_session *s, unsigned long index);
 void rram_dest_stats(struct rram_session *s, struct rram_stats *st);
