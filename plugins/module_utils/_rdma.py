@@ -217,8 +217,8 @@ def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
     :param stage: how far it came: ``address``, ``route``, ``connect``, ``hello``, ``read``.
     :param error: what the RDMA library said.
     :param seen: ``peer``, ``port``, ``local`` (this host's address towards the peer), ``netdev``, ``devices`` (those on ``netdev``),
-        ``gids`` (of those that speak RoCE, None for others), ``ping`` (whether the peer answers, None when that can't be asked), ``big_ping`` (also to packets of the interface's size)
-        and ``mtu``.
+        ``gids`` (of those that speak RoCE, None for others), ``ping`` (whether the peer answers, None when that can't be asked),
+        ``big_ping`` (also to packets of the interface's size) and ``mtu``.
     """
     peer = seen["peer"]
     if stage in ("address", "route"):
