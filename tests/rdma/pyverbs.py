@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Runs rdma-core's tests of pyverbs on a lab host, against the devices that the role rdma sets up: python3 pyverbs.py [siw] [rxe]
 
-The result of every test is in build/test/pyverbs-<transport>.json. Which may fail, and why, is in pyverbs.json; a file of the suite
-that is named there is left out.
+The result of every test is in build/test/pyverbs-<transport>.json, and what did not pass by its reason in pyverbs-<transport>.md.
+Which may fail, and why, is in pyverbs.json; a file of the suite that is named there is left out.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ MAKERS = ("test_mlx5_", "test_efa", "test_hns_", "test_hbl", "test_cuda_")
 #: A line of unittest: the test, its class, and how it ended; what the test printed may stand between.
 LINE = re.compile(r"^(test_\w+) \(tests\.([\w.]+?)(?:\.test_\w+)?\)(.*?) \.\.\. (.*?)(ok|FAIL|ERROR|skipped [^\n]*|expected failure)$", re.M | re.S)
 
+#: What unittest says at the end of each test that failed, up to the next one or the count.
+REPORT = re.compile(r"^={70}\n(?:FAIL|ERROR): (test_\w+) \(tests\.([\w.]+?)(?:\.test_\w+)?\).*?\n-{70}\n(.*?)(?=^={70}\n|^-{70}\nRan |\Z)", re.M | re.S)
+#: The line of it that names the exception.
+RAISED = re.compile(r"^[A-Za-z_][\w.]*(?:: .*)?$", re.M)
+
 
 def suite() -> pathlib.Path:
     """The folder of the tests of the Debian release that the hosts run."""
@@ -65,11 +70,32 @@ def copy(lab, folder: pathlib.Path) -> list:
 
 
 def results(text: str) -> dict:
-    """``{"file.Class.test": "ok" | "FAIL" | "ERROR" | "skipped '...'"}`` from what unittest -v prints."""
+    """``{"file.Class.test": "ok" | "FAIL: why" | "ERROR: why" | "skipped '...'"}`` from what unittest -v prints."""
+    why = {}
+    for test, where, report in REPORT.findall(text):
+        raised = RAISED.findall(report)
+        why[f"{where}.{test}"] = raised[-1] if raised else report.strip().rsplit("\n", 1)[-1]
     found = {}
     for test, where, _doc, _printed, result in LINE.findall(text):
-        found[f"{where}.{test}"] = result
+        name = f"{where}.{test}"
+        found[name] = f"{result}: {why[name]}" if name in why and result in ("FAIL", "ERROR") else result
     return found
+
+
+def by_reason(found: dict, known: dict) -> str:
+    """What did not pass, as a table for docs/rdma.md: a row for each reason."""
+    rows: dict = {}
+    for name, result in found.items():
+        if result.startswith(("FAIL", "ERROR")):
+            rows.setdefault(("fails", known.get(name, result)), []).append(name)
+        elif result.startswith("skipped"):
+            rows.setdefault(("skipped", result.removeprefix("skipped ").strip("'\"")), []).append(name)
+    for name in known.keys() - found.keys():
+        rows.setdefault(("left out", known[name]), []).append(name)
+    lines = ["| tests | how they end | why | which |", "|---|---|---|---|"]
+    for (how, reason), names in sorted(rows.items()):
+        lines.append(f"| {len(names)} | {how} | {reason.replace('|', '/')} | {', '.join(f'`{name}`' for name in sorted(names))} |")
+    return "\n".join(lines) + "\n"
 
 
 def run_file(lab, device: str, name: str) -> tuple[dict, str | None, str]:
@@ -114,8 +140,9 @@ def run(lab, transport: str, files: list) -> list:
             print(f"pyverbs on {device[0]}: {name}: {counted(of_file)}", flush=True)
             # After each, so that a run that is interrupted has them.
             (OUT / f"pyverbs-{transport}.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    (OUT / f"pyverbs-{transport}.md").write_text(by_reason(found, known))
     print(f"pyverbs on {device[0]}: {counted(found)}", flush=True)
-    wrong += [f"{transport}: {test} ended with {result}" for test, result in found.items() if result in ("FAIL", "ERROR") and test not in known]
+    wrong += [f"{transport}: {test} ended with {result}" for test, result in found.items() if result.startswith(("FAIL", "ERROR")) and test not in known]
     return wrong + [f"{transport}: {test} passes; take it off the list" for test in known if found.get(test) == "ok"]
 
 

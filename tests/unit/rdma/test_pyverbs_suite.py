@@ -21,7 +21,27 @@ test_noisy (tests.test_mr.MRTest.test_noisy) ... something is printed
 here
 FAIL
 test_old_style (tests.test_mr.MRTest) ... ERROR
+
+======================================================================
+ERROR: test_old_style (tests.test_mr.MRTest)
+Test something.
+----------------------------------------------------------------------
+Traceback (most recent call last):
+  File "/root/pyverbs/tests/test_mr.py", line 7, in test_old_style
+    self.create()
+pyverbs.pyverbs_error.PyverbsRDMAError: Failed to modify QP. Errno: 22, Invalid argument
+
+======================================================================
+FAIL: test_noisy (tests.test_mr.MRTest.test_noisy)
+----------------------------------------------------------------------
+Traceback (most recent call last):
+  File "/root/pyverbs/tests/test_mr.py", line 9, in test_noisy
+AssertionError: 1 != 2 : the first
+is not the second
+
+----------------------------------------------------------------------
 """
+BROKEN = "ERROR: pyverbs.pyverbs_error.PyverbsRDMAError: Failed to modify QP. Errno: 22, Invalid argument"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +58,8 @@ def test_every_result_is_read_however_it_is_printed(suite):
     assert suite.results(SAID) == {
         "test_addr.AHTest.test_create_ah": "ok",
         "test_device.DMTest.test_dm_bad": "skipped 'No DM support'",
-        "test_mr.MRTest.test_noisy": "FAIL",
-        "test_mr.MRTest.test_old_style": "ERROR",
+        "test_mr.MRTest.test_noisy": "FAIL: AssertionError: 1 != 2 : the first",
+        "test_mr.MRTest.test_old_style": BROKEN,
     }
 
 
@@ -47,7 +67,7 @@ class Host:
     """A lab host whose files of tests end in different ways."""
 
     said = {
-        "test_addr": (1, SAID + "\nRan 4 tests in 1.0s\n"),
+        "test_addr": (1, SAID + "Ran 4 tests in 1.0s\n"),
         "test_mr": (124, "test_hangs (tests.test_mr.MRTest.test_hangs) ... "),
         "test_pd": (0, "test_pd (tests.test_pd.PDTest.test_pd) ... ok\n\nRan 1 test in 0.1s\n"),
     }
@@ -73,5 +93,11 @@ def test_a_file_that_hangs_does_not_take_the_others_with_it(suite, tmp_path, mon
     wrong = suite.run(host, "siw", ["test_addr", "test_mr", "test_odp", "test_pd"])
     assert host.ran == ["test_addr", "test_mr", "test_pd"]
     assert "test_mr did not come to its end (status 124)" in wrong[0]
-    assert wrong[1:] == ["siw: test_mr.MRTest.test_old_style ended with ERROR", "siw: test_pd.PDTest.test_pd passes; take it off the list"]
+    assert wrong[1:] == [f"siw: test_mr.MRTest.test_old_style ended with {BROKEN}", "siw: test_pd.PDTest.test_pd passes; take it off the list"]
     assert len(json.loads((tmp_path / "pyverbs-siw.json").read_text())) == 5
+    assert (tmp_path / "pyverbs-siw.md").read_text().splitlines()[2:] == [
+        f"| 1 | fails | {BROKEN} | `test_mr.MRTest.test_old_style` |",
+        "| 1 | fails | is noisy | `test_mr.MRTest.test_noisy` |",
+        "| 1 | left out | stops the host | `test_odp` |",
+        "| 1 | skipped | No DM support | `test_device.DMTest.test_dm_bad` |",
+    ]
