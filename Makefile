@@ -6,11 +6,12 @@
 PYTHON ?= python3
 SCENARIO ?= evacuate
 HOST ?= hv1
+COUNT ?= 100
 # More arguments for a check, like ARGS="tests/unit/plugins/modules -k cordon".
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug test-pyverbs bench bench-planner bench-kmod bench-engines clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug test-pyverbs soak bench bench-planner bench-kmod bench-engines clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,6 +78,10 @@ test-kmod-debug: ## The same on a kernel with KASAN, lockdep, kmemleak and more,
 test-pyverbs: collection ## Run rdma-core's tests of pyverbs against the role's siw and rxe devices
 	@$(PYTHON) tests/needs.py lab
 	@$(PYTHON) tests/rdma/pyverbs.py $(ARGS)
+
+soak: collection ## Evacuate a host and bring its VMs back, again and again: make soak COUNT=100
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/soak.py --count $(COUNT) $(ARGS)
 
 bench: bench-planner bench-kmod bench-engines ## Measure the planner, and module and engines in the lab
 

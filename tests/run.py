@@ -33,7 +33,7 @@ class Stage:
     timeout: int  # seconds
 
 
-# Long suites of their own, beside these: the scenarios faults, remote_ram_faults and rdma, test-kmod-debug, test-pyverbs, bench.
+# Long suites of their own, beside these: the scenarios faults, remote_ram_faults and rdma, test-kmod-debug, soak, test-pyverbs, bench.
 STAGES = (
     Stage("lint", ("lint",), 900),
     Stage("sanity", ("sanity",), 1800),

@@ -147,6 +147,11 @@ SETS = {
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
         Guest("two", "qmp", memory_mib=160, words="dirty.mib=96 dirty.rate=8 dirty.pattern=hot dirty.report=1", remote_ram=True),
     ),
+    # For hours on end: what they write on their consoles is read as a whole each time.
+    "soak": (
+        Guest("one", "qmp", memory_mib=128, words=f"dirty.mib=56 dirty.rate=8 dirty.pattern=random {CALM}", remote_ram=True),
+        Guest("two", "qmp", memory_mib=160, words=f"dirty.mib=88 dirty.rate=6 dirty.pattern=hot {CALM}", remote_ram=True),
+    ),
     "remote_slow": (
         Guest("one", "qmp", memory_mib=192, words=f"dirty.mib=16 dirty.bloat_mib=64 {SLOW}", remote_ram=True),
         Guest("two", "qmp", memory_mib=128, words=f"dirty.mib=16 dirty.bloat_mib=32 {SLOW}", remote_ram=True),
