@@ -58,6 +58,17 @@ def ram_blocks(qmp: QmpClient) -> list:
     return blocks
 
 
+def check_devices(qmp: QmpClient) -> None:
+    """:raises MigrationError: the VM has a device with which QEMU can't leave the memory to somebody else."""
+    for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
+        for entry in qmp.execute("qom-list", {"path": folder}):
+            if entry["type"].startswith("child<virtio-balloon"):
+                device = f"{folder}/{entry['name']}"
+                # QEMU clears hinted pages in its dirty bitmap, and has none of memory that it leaves to us.
+                if qmp.execute("qom-get", {"path": device, "property": "free-page-hint"}):
+                    raise MigrationError("its balloon has free-page-hint=on, with which QEMU does not survive that the kernel moves the memory")
+
+
 def onboarded(config: str, name: str, memory: list, folder: str = "/run/remote_ram") -> tuple:
     """The definition of a VM with its anonymous memory on a remote_ram file instead, and that file's block.
 

@@ -74,7 +74,7 @@ def query(client: QmpClient) -> dict:
     objects = _children(client, "/objects")
     answers["objects"] = [kind for _name, kind in objects]
     answers["memory"] = [
-        {"type": kind, **{key: _property(client, f"/objects/{name}", key) for key in ("mem-path", "share", "hugetlb")}}
+        {"id": name, "type": kind, **{key: _property(client, f"/objects/{name}", key) for key in ("mem-path", "share", "hugetlb")}}
         for name, kind in objects if kind.startswith("memory-backend-")
     ]
     answers["arriving"] = any(_is_arriving(memory["mem-path"]) for memory in answers["memory"] if memory["mem-path"])
@@ -86,6 +86,8 @@ def query(client: QmpClient) -> dict:
                 device.update({key: _property(client, f"{folder}/{name}", key) for key in _DEVICE_PROPERTIES})
                 if folder == "/machine/peripheral":
                     device["id"] = name
+            elif kind.startswith("virtio-balloon"):
+                device["free-page-hint"] = _property(client, f"{folder}/{name}", "free-page-hint")
             answers["devices"].append(device)
     return answers
 

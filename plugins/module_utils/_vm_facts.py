@@ -85,6 +85,10 @@ def blockers(vm: dict) -> list[dict]:
             what = "medium in" if disk["readonly"] else "disk"
             found.append(blocker(
                 "local_disk", f"the {what} {disk['target']} is on storage that only this host has ({source}); if others have it too, say so in shared_paths"))
+    if vm["memory_hotplugged"]:
+        found.append(blocker(
+            "memory_hotplugged", f"its definition doesn't have all of its memory ({', '.join(vm['memory_hotplugged'])} was plugged in while it ran), "
+            "and a destination is made by that; unplug it, or define it and start the VM again"))
     if vm["encrypted"]:
         found.append(blocker("encrypted_memory", "the guest's memory is encrypted by the processor and can't be copied"))
     if not vm["cpu"]["migratable"]:
@@ -113,6 +117,12 @@ def engines(vm: dict) -> dict:
         remote.append(blocker("memory_not_remote_ram", "the guest's memory is not on a remote_ram file system (the playbook onboard moves it there)"))
     elif not memory["shared"]:
         remote.append(blocker("memory_private", "the guest maps its memory file privately; the memory backend needs share=on"))
+    if vm["memory_elsewhere"] and memory["kind"] == "remote_ram":
+        remote.append(blocker(
+            "memory_mixed", f"part of the guest's memory is not a shared file on a remote_ram file system ({', '.join(vm['memory_elsewhere'])})"))
+    if vm["free_page_hint"]:
+        # It clears the hinted pages in its dirty bitmap, and has none of memory that it leaves to us.
+        remote.append(blocker("free_page_hint", "its balloon has free-page-hint=on, with which QEMU does not survive that the kernel moves the memory"))
     return {
         "remote_ram": {"usable": usable and not remote, "blockers": remote},
         "precopy": {"usable": usable, "blockers": []},
@@ -146,7 +156,7 @@ def complete(vm: dict) -> dict:
     vm["engines"] = engines(vm)
     vm["onboarding"] = onboarding(vm)
     vm["notes"] = notes(vm)
-    for key in ("state_reason", "encrypted", "refused", "memory_defined"):
+    for key in ("state_reason", "encrypted", "refused", "memory_defined", "memory_elsewhere", "memory_hotplugged", "free_page_hint"):
         vm.pop(key)
     return vm
 
@@ -175,6 +185,9 @@ def _empty(name: str, driver: str) -> dict:
         "encrypted": False,
         "refused": [],
         "memory_defined": False,
+        "memory_elsewhere": [],
+        "memory_hotplugged": [],
+        "free_page_hint": False,
     }
 
 
@@ -613,6 +626,9 @@ class _Arguments:
     def memory_mib(self) -> int:
         return _size_mib((self.last("m", "size").get("size")) or "128M")
 
+    def any(self) -> bool:
+        return bool(self._pairs)
+
     def define_memory(self) -> bool:
         """Whether they say themselves what the guest's memory is made of."""
         return bool(self.all("mem-path", "numa")) or any("memory-backend" in text for text in self.all("object", "machine", "M", "device"))
@@ -622,8 +638,8 @@ class _Arguments:
         for text in self.all("object"):
             options = _option(text, "qom-type")
             if str(options.get("qom-type")).startswith("memory-backend-"):
-                found.append({"type": options["qom-type"], "mem-path": options.get("mem-path"), "share": options.get("share") in ("on", True),
-                              "hugetlb": options.get("hugetlb") in ("on", True)})
+                found.append({"id": options.get("id"), "type": options["qom-type"], "mem-path": options.get("mem-path"),
+                              "share": options.get("share") in ("on", True), "hugetlb": options.get("hugetlb") in ("on", True)})
         if not found and self.all("mem-path"):
             found.append({"type": "memory-backend-file", "mem-path": self.all("mem-path")[-1], "share": False})
         return found
@@ -767,16 +783,40 @@ def _qmp_disks(blocks: list[dict], storage: Storage) -> list[dict]:
 
 
 def _qmp_memory(objects: list[dict], storage: Storage) -> dict:
-    """The first block of guest memory stands for all."""
+    """One block of guest memory stands for all: one on remote_ram, or else a file, if there is any."""
     if not objects:
         return _memory_kind("anonymous", None, storage)
-    first = objects[0]
+    elsewhere = _memory_elsewhere(objects, storage)
+    first = min(objects, key=lambda entry: (_block_name(entry) in elsewhere, not entry.get("mem-path")))
     kind = {"memory-backend-memfd": "memfd", "memory-backend-file": "file", "memory-backend-shm": "memfd"}.get(first["type"], "anonymous")
     facts = _memory_kind(kind, first.get("mem-path") or None, storage)
     if first.get("hugetlb"):
         facts["kind"] = "hugetlb"
     facts["shared"] = bool(first.get("share"))
     return facts
+
+
+def _memory_elsewhere(objects: list[dict], storage: Storage) -> list[str]:
+    """Blocks of guest memory that are no shared files on a remote_ram file system."""
+    return [
+        _block_name(entry) for entry in objects
+        if not (entry.get("share") and entry.get("mem-path") and storage.file_system(entry["mem-path"]) == "remote_ram")
+    ]
+
+
+def _block_name(entry: dict) -> str:
+    return entry.get("id") or entry["type"]
+
+
+def _memory_hotplugged(objects: list[dict], defined: _Arguments) -> list[str]:
+    """Blocks of guest memory that its definition does not have. One is the machine's own, if nothing else is said of it."""
+    if not defined.any():
+        return []
+    known = {entry.get("id") for entry in defined.memory_objects()}
+    more = [entry["id"] for entry in objects if entry.get("id") and entry["id"] not in known]
+    more.sort(key=lambda name: not name.endswith(".ram"))  # as QEMU names the machine's own
+    named = "memory-backend" in {**defined.last("machine", "type"), **defined.last("M", "type")} or defined.all("numa")
+    return more if named else more[1:]
 
 
 def _qmp_cpu(cpu_type: str | None, arguments: _Arguments) -> dict:
@@ -827,6 +867,9 @@ def facts_from_qmp(name: str, conf: dict, queries: dict | None, storage: Storage
     vm["networks"] = arguments.networks()
     vm["memory_backend"] = _qmp_memory(asked.get("memory") or arguments.memory_objects(), storage)
     vm["memory_defined"] = arguments.define_memory() or len(asked.get("memory") or []) > 1
+    vm["memory_elsewhere"] = _memory_elsewhere(asked.get("memory") or [], storage)
+    vm["memory_hotplugged"] = _memory_hotplugged(asked.get("memory") or [], _Arguments(split_arguments(conf.get("QEMU_ARGS", ""))))
+    vm["free_page_hint"] = any(device.get("free-page-hint") for device in asked.get("devices") or [])
     vm["encrypted"] = any(kind in _ENCRYPTED for kind in asked.get("objects") or [])
     vm["host_devices"] = _qmp_host_devices(asked, arguments)
     return complete(vm)

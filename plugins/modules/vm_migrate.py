@@ -214,7 +214,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import 
     systemctl,
     vm_unit,
 )
-from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import is_serving, onboarded, ram_blocks
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import check_devices, is_serving, onboarded, ram_blocks
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, abort_path, check_name, finish_stale, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
@@ -401,6 +401,8 @@ class VmMigrate:
         try:
             with QmpClient(agent_socket(self.name), timeout=10) as qmp:
                 try:
+                    if engine == "remote_ram":
+                        check_devices(qmp)
                     return {"config": config, "ram": ram_blocks(qmp)}
                 except MigrationError:
                     if not onboard:

@@ -145,7 +145,10 @@ SETS = {
     ),
     "remote": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
-        Guest("two", "qmp", memory_mib=160, words="dirty.mib=96 dirty.rate=8 dirty.pattern=hot dirty.report=1", remote_ram=True),
+        # With a balloon, and a second RAM file: what virtio-mem has plugged in, which is nothing before the guest asks for it.
+        Guest("two", "qmp", memory_mib=160, words="dirty.mib=96 dirty.rate=8 dirty.pattern=hot dirty.report=1", remote_ram=True,
+              extra_args="-m maxmem=512M -object memory-backend-file,id=vmem0,mem-path=/run/remote_ram/two.vmem.ram,share=on,prealloc=off,size=64M "
+                         "-device virtio-mem-pci,memdev=vmem0,requested-size=64M -device virtio-balloon-pci,free-page-reporting=on"),
     ),
     # For hours on end: what they write on their consoles is read as a whole each time.
     "soak": (

@@ -397,3 +397,23 @@ def test_the_vm_is_whole_when_the_last_page_is_in(world, tmp_path):
     assert side.began and not side._whole()
     world.state = "complete"
     assert side._whole()
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hint", "refused"), [(True, True), (False, False)])
+def test_a_balloon_that_hints_at_free_pages_is_refused_before_anything_begins(hint, refused):
+    class Qemu:
+        def execute(self, command, arguments):
+            if command == "qom-get":
+                assert arguments == {"path": "/machine/peripheral/balloon0", "property": "free-page-hint"}
+                return hint
+            named = {"/machine/peripheral": [{"name": "balloon0", "type": "child<virtio-balloon-pci>"}, {"name": "type", "type": "string"}]}
+            return named.get(arguments["path"], [{"name": "device[0]", "type": "child<virtio-net-pci>"}])
+
+    if refused:
+        with pytest.raises(MigrationError, match="free-page-hint=on"):
+            _migrate_remote_ram.check_devices(Qemu())
+    else:
+        _migrate_remote_ram.check_devices(Qemu())

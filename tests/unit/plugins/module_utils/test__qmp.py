@@ -231,11 +231,12 @@ OBJECTS = {
     ("/objects/pc.ram", "share"): True,
     ("/objects/pc.ram", "mem-path"): "/dev/shm/x",
     ("/machine/peripheral/gpu", "host"): "0000:65:00.0",
+    ("/machine/peripheral-anon/device[1]", "free-page-hint"): True,
 }
 CHILDREN = {
     "/objects": {"pc.ram": "memory-backend-file", "rng0": "rng-random"},
     "/machine/peripheral": {"gpu": "vfio-pci"},
-    "/machine/peripheral-anon": {"device[0]": "virtio-net-pci"},
+    "/machine/peripheral-anon": {"device[0]": "virtio-net-pci", "device[1]": "virtio-balloon-pci"},
 }
 ANSWERS = {
     "query-status": {"status": "running"},
@@ -282,10 +283,11 @@ def test_what_is_asked_of_a_qemu(serve, tmp_path, vm_socket):
         found = _qmp_vms.query(client)
     assert found["query-status"] == {"status": "running"}
     assert (found["machine"], found["cpu"]) == ("pc-q35-10.0-machine", "host-x86_64-cpu")
-    assert found["memory"] == [{"type": "memory-backend-file", "mem-path": "/dev/shm/x", "share": True, "hugetlb": None}]
+    assert found["memory"] == [{"id": "pc.ram", "type": "memory-backend-file", "mem-path": "/dev/shm/x", "share": True, "hugetlb": None}]
     assert found["objects"] == ["memory-backend-file", "rng-random"]
     assert (found["devices"][0]["type"], found["devices"][0]["host"], found["devices"][0]["id"]) == ("vfio-pci", "0000:65:00.0", "gpu")
     assert found["devices"][1] == {"type": "virtio-net-pci"}
+    assert found["devices"][2] == {"type": "virtio-balloon-pci", "free-page-hint": True}
     # The listening process is this one.
     assert any("pytest" in argument for argument in found["arguments"])
 

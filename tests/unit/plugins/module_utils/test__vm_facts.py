@@ -497,6 +497,50 @@ def test_a_domain_of_libvirts_and_a_vm_that_can_not_leave_are_not_onboarded():
     assert qmp(objects=["memory-backend-ram", "sev-guest"])["onboarding"] == {"usable": False, "blockers": []}
 
 
+@pytest.mark.parametrize(
+    ("second", "code"),
+    [
+        ({"id": "vmem0", "type": "memory-backend-ram", "mem-path": None, "share": False}, ["memory_mixed"]),
+        ({"id": "vmem0", "type": "memory-backend-file", "mem-path": "/dev/shm/vmem0", "share": True}, ["memory_mixed"]),
+        ({"id": "vmem0", "type": "memory-backend-file", "mem-path": "/run/remote_ram/vmem0", "share": False}, ["memory_mixed"]),
+        ({"id": "vmem0", "type": "memory-backend-file", "mem-path": "/run/remote_ram/vmem0", "share": True}, []),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_all_of_a_guests_memory_has_to_be_on_remote_ram(second, code, order):
+    conf = {"QEMU_ARGS": "-machine q35,memory-backend=pc.ram -object memory-backend-file,id=pc.ram,mem-path=/run/remote_ram/web2.ram,share=on,size=256M "
+                         "-object memory-backend-ram,id=vmem0,size=1G -device virtio-mem-pci,memdev=vmem0"}  # fmt: skip
+    vm = qmp(conf, memory=[{"id": "pc.ram", **THERE}, second][::order])
+    assert codes(vm["engines"]["remote_ram"]["blockers"]) == code and vm["blockers"] == []
+    assert not code or "(vmem0)" in messages(vm["engines"]["remote_ram"], code[0])[0]
+    assert codes(vm["engines"]["userfault"]["blockers"]) == ["memory_file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "running", "plugged"),
+    [
+        ("-machine q35", ["pc.ram"], []),
+        ("-machine q35", ["pc.ram", "dimm0"], ["dimm0"]),
+        ("-machine q35", ["dimm0", "pc.ram"], ["dimm0"]),
+        ("-machine q35 -object memory-backend-ram,id=vmem0,size=1G", ["pc.ram", "vmem0"], []),
+        ("-machine q35,memory-backend=m -object memory-backend-ram,id=m,size=1G", ["m"], []),
+        ("-machine q35,memory-backend=m -object memory-backend-ram,id=m,size=1G", ["m", "dimm0"], ["dimm0"]),
+        ("-object memory-backend-ram,id=m,size=1G -numa node,memdev=m", ["m", "dimm0"], ["dimm0"]),
+    ],
+)
+def test_memory_that_was_plugged_in_while_it_ran_keeps_a_vm(arguments, running, plugged):
+    vm = qmp({"QEMU_ARGS": arguments}, memory=[{"id": name, **ANONYMOUS} for name in running])
+    assert codes(vm["blockers"]) == ["memory_hotplugged"] * bool(plugged)
+    assert all(name in vm["blockers"][0]["message"] for name in plugged)
+
+
+@pytest.mark.parametrize(("balloon", "code"), [({}, []), ({"free-page-hint": False}, []), ({"free-page-hint": True}, ["free_page_hint"])])
+def test_a_balloon_that_hints_at_free_pages_keeps_a_vm_from_the_kernel_engine_only(balloon, code):
+    vm = qmp(memory=[{"id": "pc.ram", **THERE}], devices=[{"type": "virtio-balloon-pci", **balloon}])
+    assert codes(vm["engines"]["remote_ram"]["blockers"]) == code
+    assert vm["blockers"] == [] and vm["engines"]["precopy"]["usable"]
+
+
 def test_an_encrypted_guest_stays():
     assert codes(qmp(objects=["memory-backend-ram", "sev-guest"])["blockers"]) == ["encrypted_memory"]
 
