@@ -13,6 +13,7 @@
 #include <linux/shmem_fs.h>
 
 #include "remote_ram.h"
+#include "trace.h"
 
 void rram_track_write(struct rram_file *f, unsigned long first,
 		      unsigned long nr)
@@ -171,5 +172,6 @@ unsigned int rram_harvest(struct rram_session *s, unsigned long first,
 		folio_unlock(folio);
 		folio_put(folio);
 	}
+	trace_rram_harvest(f, first, count);
 	return count;
 }
