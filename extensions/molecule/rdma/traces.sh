@@ -5,7 +5,7 @@
 export LC_ALL=C
 ls -1 /usr/src
 find /etc /usr/local /var/lib/dkms /var/lib/hecaton /lib/modules/*/updates -mindepth 1 \
-	! -name '*.bak' ! -name 'mok.*' ! -path '/etc/udev/hwdb.bin' ! -path '/var/lib/dkms/dkms_dbversion' 2>/dev/null | sort
+	! -name '*.bak' ! -name 'mok.*' ! -path '/etc/libibverbs.d/*' ! -path '/etc/udev/hwdb.bin' ! -path '/var/lib/dkms/dkms_dbversion' 2>/dev/null | sort
 systemctl list-unit-files --no-legend 'hecaton-*' 'run-remote*' 'wg-quick@*' | awk '{print $1}'
 rdma -j link 2>/dev/null | tr ',' '\n' | grep ifname
 ls -1 /sys/kernel/config/rdma_cm 2>/dev/null
