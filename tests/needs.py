@@ -7,6 +7,7 @@ Installs what is missing when root; otherwise prints the one command that does, 
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -62,14 +63,23 @@ def install(*purposes: str) -> None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         print(f"missing packages; install them with: sudo apt-get install {' '.join(packages)}", file=sys.stderr)
         sys.exit(2)
+    # Two checks may miss something at once; apt-get's own lock for its lists is not waited for.
+    with open("/run/lock/hecaton-needs", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        apt_install(missing(*purposes))
+    left = missing(*purposes)
+    if left:
+        sys.exit(f"still missing after apt-get installed them: {' '.join(left)}")
+
+
+def apt_install(packages: list[str]) -> None:
+    if not packages:
+        return
     apt = ["apt-get", "-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
         if subprocess.run([*apt, *command], env=environment, stdout=sys.stderr, check=False).returncode != 0:
             sys.exit(f"apt-get {command[0]} failed; these packages are needed: {' '.join(packages)}")
-    left = missing(*purposes)
-    if left:
-        sys.exit(f"still missing after apt-get installed them: {' '.join(left)}")
 
 
 if __name__ == "__main__":

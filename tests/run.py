@@ -3,11 +3,13 @@
 """Runs all checks, or the stages that are named: python3 tests/run.py [STAGE ...]
 
 A line per stage, its full output in build/test/<stage>.log, and at last a line that counts: "N passed, N failed".
-A stage that fails doesn't keep the others from running.
+A stage that fails doesn't keep the others from running. Stages that need the lab run one after the other, as there is one
+lab; beside them, and giving way to them, run those that need none.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 import pathlib
@@ -15,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,14 +34,15 @@ class Stage:
     name: str
     targets: tuple[str, ...]  # what make is told
     timeout: int  # seconds
+    lab: bool = True  # whether it needs the lab
 
 
 # Long suites of their own, beside these: the scenarios faults, remote_ram_faults and rdma, test-kmod-debug, soak, test-pyverbs, bench.
 STAGES = (
-    Stage("lint", ("lint",), 900),
-    Stage("sanity", ("sanity",), 1800),
-    Stage("units", ("units",), 600),
-    Stage("report", ("report",), 600),
+    Stage("lint", ("lint",), 1800, lab=False),
+    Stage("sanity", ("sanity",), 3600, lab=False),
+    Stage("units", ("units",), 1800, lab=False),
+    Stage("report", ("report",), 1800, lab=False),
     Stage("lab", ("lab",), 2400),
     Stage("evacuate", ("molecule", "SCENARIO=evacuate"), 2400),
     Stage("abort", ("molecule", "SCENARIO=abort"), 2400),
@@ -62,15 +66,45 @@ def end(process: subprocess.Popen) -> None:
             time.sleep(0.1)
 
 
-def run(stage: Stage) -> tuple[bool, str]:
+class Runs:
+    """The stages' processes that run now; once they were ended, no other one begins."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.processes: set[subprocess.Popen] = set()
+        self.over = False
+
+    def start(self, command: list[str], **how) -> subprocess.Popen | None:
+        with self.lock:
+            if self.over:
+                return None
+            process = subprocess.Popen(command, **how)
+            self.processes.add(process)
+            return process
+
+    def done(self, process: subprocess.Popen) -> None:
+        end(process)
+        with self.lock:
+            self.processes.discard(process)
+
+    def end(self) -> None:
+        with self.lock:
+            self.over = True
+            left = list(self.processes)
+        for process in left:
+            end(process)
+
+
+def run(stage: Stage, runs: Runs) -> tuple[bool, str]:
     """Whether the stage passed, and why not."""
     with open(LOGS / f"{stage.name}.log", "w") as log:
-        command = [os.environ.get("MAKE", "make"), "--no-print-directory", *stage.targets]
+        give_way = [] if stage.lab else ["nice", "-n", "10"]
+        command = [*give_way, os.environ.get("MAKE", "make"), "--no-print-directory", *stage.targets]
         # What this run of make was given, like ARGS, is for this script and not for the stages.
         given = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = runs.start(command, cwd=ROOT, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        if process is None:
+            return False, "not begun"
         try:
             code = process.wait(stage.timeout)
             return code == 0, f"exit status {code}"
@@ -78,7 +112,7 @@ def run(stage: Stage) -> tuple[bool, str]:
             return False, f"not done after {stage.timeout} s"
         finally:
             # Also when the stage is over: nothing that it started in its group may outlive it.
-            end(process)
+            runs.done(process)
 
 
 def main(names: list[str]) -> int:
@@ -110,25 +144,35 @@ def telling(lines: list[str]) -> list[str]:
 
 def run_stages(names: list[str]) -> tuple[int, int]:
     """How many of these stages passed, and failed; all stages without names."""
-    passed = failed = 0
-    for stage in STAGES:
-        if names and stage.name not in names:
-            continue
-        print(f"stage {stage.name} ... ", end="", flush=True)
+    runs = Runs()
+    chosen = [stage for stage in STAGES if not names or stage.name in names]
+    with concurrent.futures.ThreadPoolExecutor() as lanes:
+        try:
+            # What needs no lab makes the environment and installs the tools, of which the others need some too: locks see to that.
+            jobs = [lanes.submit(run_lane, [stage for stage in chosen if stage.lab == lab], runs) for lab in (False, True)]
+            passed = sum(job.result() for job in jobs)
+        finally:
+            runs.end()
+    return passed, len(chosen) - passed
+
+
+def run_lane(stages: list[Stage], runs: Runs) -> int:
+    """How many of these stages passed, one after the other."""
+    passed = 0
+    for stage in stages:
+        if runs.over:
+            break
         started = time.monotonic()
-        fine, why = run(stage)
+        fine, why = run(stage, runs)
+        passed += fine
         took = f"{time.monotonic() - started:.0f} s"
-        if fine:
-            passed += 1
-            print(f"ok {took}", flush=True)
-            continue
-        failed += 1
-        print(f"FAILED {took} ({why})", flush=True)
-        log = LOGS / f"{stage.name}.log"
-        for line in telling(COLOURS.sub("", log.read_text(errors="replace")).splitlines()):
-            print(f"    {line}")
-        print(f"    (all of it: {log.relative_to(ROOT)})", flush=True)
-    return passed, failed
+        lines = [f"stage {stage.name} ... " + (f"ok {took}" if fine else f"FAILED {took} ({why})")]
+        if not fine:
+            log = LOGS / f"{stage.name}.log"
+            lines += [f"    {line}" for line in telling(COLOURS.sub("", log.read_text(errors="replace")).splitlines())]
+            lines.append(f"    (all of it: {log.relative_to(ROOT)})")
+        print("\n".join(lines), flush=True)
+    return passed
 
 
 def interrupt(number: int, frame: object) -> None:

@@ -382,6 +382,7 @@ class Incoming:
         job = self.job
         folder = os.path.join(RUN_DIR, "ports")
         os.makedirs(folder, mode=0o755, exist_ok=True)
+        problem = None
         for port in range(job["port_min"], job["port_max"] + 1):
             lock = open(os.path.join(folder, str(port)), "w")  # noqa: SIM115 - it is held for as long as this process lives
             try:
@@ -395,7 +396,7 @@ class Incoming:
                 continue
             self._port = lock
             return port
-        raise MigrationError(f"{self.name} can't be listened for on {job['address']} ports {job['port_min']}-{job['port_max']}: {problem.strerror}")
+        raise MigrationError(f"{self.name} can't be listened for on {job['address']} ports {job['port_min']}-{job['port_max']}: {problem}")
 
     def _receive(self, qmp: QmpClient) -> None:
         since = time.monotonic()
