@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 # Best first: what `auto` looks for.
 ENGINES = ("remote_ram", "userfault", "precopy")
 
-# Starting the destination and moving device state, in seconds per VM.
-SWITCH_OVERHEAD_S = 1.0
 # A dirty rate that was not measured counts as this share of the VM's part of the link.
 UNKNOWN_DIRTY_SHARE = 0.25
 # Pre-copy that has to converge is given at most 1 / (1 - this) times the time of one pass over the memory.
@@ -75,6 +73,8 @@ class Options:
     per_destination: int = 2
     bandwidth_mib_s: float = 1000
     deadline_s: float | None = None
+    elapsed_s: float = 0  # of the deadline, that have passed already
+    setup_s: float = 1.0  # for a move besides its data: preparing both hosts, the devices' state
     precopy_min_s: int = 2
     engine: str = "auto"
     onboard: bool = False  # VMs that can have their memory on remote_ram where they arrive
@@ -104,6 +104,8 @@ class Options:
             self._check_range("cpu_overcommit", 0, above=True)
         if self.deadline_s is not None:
             self._check_range("deadline_s", 0, above=True)
+        self._check_range("elapsed_s", 0)
+        self._check_range("setup_s", 0)
         if self.engine != "auto" and self.engine not in ENGINES:
             raise PlanError(f"engine must be one of auto, {', '.join(ENGINES)}, not {self.engine!r}")
 
@@ -792,7 +794,7 @@ def _set_precopy(moves, scale, options):
             move.precopy_s = max(options.precopy_min_s, math.ceil(move.wanted_s * scale))
             precopy = min(move.wanted_s, move.precopy_s)
         sent_again = min(move.dirty, move.share) * precopy
-        move.work = move.vm.memory + sent_again + SWITCH_OVERHEAD_S * move.share
+        move.work = move.vm.memory + sent_again + options.setup_s * move.share
 
 
 def _simulate(moves, options):
@@ -893,20 +895,23 @@ def _schedule(moves, options, warnings):
 
     end, peak = run(1.0)
     in_time = True
-    if options.deadline_s is not None and end > DEADLINE_MARGIN * options.deadline_s:
+    if options.deadline_s is not None and end > DEADLINE_MARGIN * (options.deadline_s - options.elapsed_s):
         end, peak, in_time = _meet_deadline(moves, options, warnings, run)
     moves.sort(key=lambda move: move.start_s)
     return end, peak, in_time
 
 
 def _meet_deadline(moves, options, warnings, run):
-    target = DEADLINE_MARGIN * options.deadline_s
+    left = options.deadline_s - options.elapsed_s
+    target = DEADLINE_MARGIN * left
     end, peak = run(0.0)
-    if end > options.deadline_s:
+    if end > left:
         data = sum(move.work for move in moves)
+        passed = f", and {options.elapsed_s:.0f} s of it have passed" if options.elapsed_s else ""
+        needed = f"; about {options.bandwidth_mib_s * end / left:.0f} MiB/s of bandwidth would do" if left > 0 else ""
         warnings.append(
-            f"the deadline of {options.deadline_s:g} s can't be met: sending {data:.0f} MiB takes {end:.0f} s even with the least pre-copy,"
-            f" {end - options.deadline_s:.0f} s too long; about {options.bandwidth_mib_s * end / options.deadline_s:.0f} MiB/s of bandwidth would do"
+            f"the deadline of {options.deadline_s:g} s can't be met{passed}: sending {data:.0f} MiB takes {end:.0f} s even with the least pre-copy,"
+            f" {end - left:.0f} s too long{needed}"
         )
         return end, peak, False
     low, high = 0.0, 1.0
@@ -1301,6 +1306,7 @@ class _Planner:
             "source": self.sources[0].name if len(self.sources) == 1 else None,
             "sources": [source.name for source in self.sources],
             "deadline_s": options.deadline_s,
+            "elapsed_s": round(options.elapsed_s, 1),
             "estimated_s": round(end, 1),
             "feasible": in_time and not blocked,
             "concurrency": {"per_source": options.per_source, "per_destination": options.per_destination, "peak": peak},
@@ -1393,6 +1399,8 @@ def _headline(plan):
     time = f"about {plan['estimated_s']:g} s"
     if plan["deadline_s"] is not None:
         time += f" of {plan['deadline_s']:g} s"
+        if plan["elapsed_s"]:
+            time += f", {plan['elapsed_s']:g} s of which have passed"
     verdict = "feasible" if plan["feasible"] else "NOT FEASIBLE"
     return f"Evacuation of {_list_of(plan['sources'])}: {', '.join(parts)}, {time}: {verdict}"
 

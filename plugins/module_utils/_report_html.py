@@ -208,7 +208,9 @@ def _against_deadline(report: dict) -> str:
     """The sentence that says how long it took against how long it may take, and the bar that shows it."""
     plan, deadline = report["plan"], report["deadline_s"]
     freed = None if report["check"] or deadline is None else report["freed_s"]
-    took = plan.get("estimated_s") if report["check"] else report["elapsed_s"] if freed is None else freed
+    estimated = plan.get("estimated_s")
+    planned = None if estimated is None else estimated + (plan.get("elapsed_s") or 0)
+    took = planned if report["check"] else report["elapsed_s"] if freed is None else freed
     if took is None:
         return '<p class="lead">The plan gives no estimate of the time.</p>'
     shown = f"<strong>{duration(took)}</strong>"

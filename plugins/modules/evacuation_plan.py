@@ -116,6 +116,14 @@ options:
       - The time of pre-copy is bounded for each VM so that this holds. What is not copied ahead is fetched after the switch.
       - When not set, each VM gets as much pre-copy as it can use.
     type: float
+  elapsed_s:
+    description: Time in seconds of O(deadline_s) that had passed when the plan was made.
+    type: float
+    default: 0
+  setup_s:
+    description: Time in seconds that a move takes besides its data, to prepare both hosts and to move the devices' state.
+    type: float
+    default: 1
   precopy_min_s:
     description: Time in seconds of pre-copy that a VM gets at least, however close the deadline.
     type: int
@@ -191,6 +199,10 @@ plan:
       description: The deadline asked for, V(null) without one.
       type: float
       sample: 600.0
+    elapsed_s:
+      description: O(elapsed_s). The times of the plan count from there.
+      type: float
+      sample: 12.3
     estimated_s:
       description: Estimated time in seconds until the last VM is gone.
       type: float
@@ -360,6 +372,8 @@ def argument_spec():
         "per_destination": {"type": "int", "default": 2},
         "bandwidth_mib_s": {"type": "float", "default": 1000},
         "deadline_s": {"type": "float"},
+        "elapsed_s": {"type": "float", "default": 0},
+        "setup_s": {"type": "float", "default": 1},
         "precopy_min_s": {"type": "int", "default": 2},
         "engine": {"type": "str", "choices": ["auto", *ENGINES], "default": "auto"},
         "onboard": {"type": "bool", "default": False},

@@ -492,6 +492,23 @@ def test_a_deadline_cuts_precopy_so_that_the_host_is_empty_in_time():
     assert any("pre-copy is cut" in warning for warning in bound["warnings"])
 
 
+def test_what_has_passed_of_the_deadline_is_not_there_any_more():
+    guests = [vm(f"vm{number}", 1000, dirty_rate_mib_s=20) for number in range(6)]
+    facts = [host("hv1", vms=guests), host("hv2"), host("hv3")]
+    late, fresh = plan_for(facts, bandwidth_mib_s=100, deadline_s=100, elapsed_s=20), plan_for(facts, bandwidth_mib_s=100, deadline_s=80)
+    assert [move["precopy_timeout_s"] for move in late["moves"]] == [move["precopy_timeout_s"] for move in fresh["moves"]]
+    assert (late["deadline_s"], late["elapsed_s"], late["feasible"]) == (100, 20, True)
+    for elapsed, says in ((60, "60 s of it have passed"), (100, "100 s of it have passed"), (140, "s too long")):
+        gone = plan_for(facts, bandwidth_mib_s=100, deadline_s=100, elapsed_s=elapsed)
+        assert not gone["feasible"] and any(says in warning for warning in gone["warnings"])
+        assert {move["precopy_timeout_s"] for move in gone["moves"]} == {2}
+
+
+def test_what_a_move_takes_besides_its_data_is_counted_for_each():
+    facts = [host("hv1", vms=[vm(f"vm{number}", 1000, dirty_rate_mib_s=0) for number in range(4)]), host("hv2")]
+    assert plan_for(facts, bandwidth_mib_s=100, per_source=1, setup_s=5)["estimated_s"] == pytest.approx(60)
+
+
 def test_bigger_and_hotter_vms_get_more_of_the_precopy_time():
     guests = [vm("small", 500), vm("big", 4000), vm("hot", 4000, dirty_rate_mib_s=20)]
     plan = plan_for([host("hv1", vms=guests), host("hv2", free=99999)], bandwidth_mib_s=100, deadline_s=120)
