@@ -11,7 +11,7 @@ COUNT ?= 100
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug test-pyverbs soak bench bench-planner bench-kmod bench-engines clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug test-pyverbs soak bench bench-planner bench-kmod bench-engines bench-deadline clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -83,7 +83,7 @@ soak: collection ## Evacuate a host and bring its VMs back, again and again: mak
 	@$(PYTHON) tests/needs.py lab
 	@$(PYTHON) tests/soak.py --count $(COUNT) $(ARGS)
 
-bench: bench-planner bench-kmod bench-engines ## Measure the planner, and module and engines in the lab
+bench: bench-planner bench-kmod bench-engines bench-deadline ## Measure the planner, and module, engines and deadlines in the lab
 
 bench-planner: ## Measure the planner (time, and packing against the optimum)
 	@venv=$$($(PYTHON) tests/devenv.py) && "$$venv/bin/python" tests/bench/planner.py $(ARGS)
@@ -95,6 +95,10 @@ bench-kmod: ## Measure the kernel module on two hosts of the lab
 bench-engines: collection ## Measure the engines in turn on the same VM, in the lab
 	@$(PYTHON) tests/needs.py lab
 	@$(PYTHON) tests/bench/engines.py $(ARGS)
+
+bench-deadline: collection ## Empty a host under three deadlines in the lab, and see when it was free
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/bench/deadline.py $(ARGS)
 
 clean: ## Remove what was built in this checkout; the cache stays
 	@rm -rf build

@@ -40,6 +40,11 @@ def engines():
     return load("engines")
 
 
+@pytest.fixture(scope="session")
+def deadline():
+    return load("deadline")
+
+
 @pytest.fixture
 def row():
     """A run of one engine with one workload, and what it is to differ in."""
