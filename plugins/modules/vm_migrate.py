@@ -396,7 +396,8 @@ class VmMigrate:
     def _ram(self, config: str) -> dict:
         """The VM's definition for the destination, and those RAM files that have to be on a remote_ram file system there."""
         engine, onboard = self.params["engine"], self.params["onboard"]
-        if self.params["state"] != "migrated" or not (onboard or engine == "remote_ram"):
+        # QEMU's post-copy has none.
+        if self.params["state"] != "migrated" or (engine == "userfault" and not onboard):
             return {"config": config, "ram": []}
         try:
             with QmpClient(agent_socket(self.name), timeout=10) as qmp:
@@ -405,6 +406,8 @@ class VmMigrate:
                         check_devices(qmp)
                     return {"config": config, "ram": ram_blocks(qmp)}
                 except MigrationError:
+                    if not onboard and engine == "precopy":
+                        return {"config": config, "ram": []}
                     if not onboard:
                         raise
                     if engine != "precopy":

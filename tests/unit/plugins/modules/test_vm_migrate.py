@@ -96,3 +96,55 @@ def test_what_an_earlier_attempt_left_is_gone_before_the_next_begins(run, monkey
     result = run(engine="precopy", driver="libvirt", incoming={"id": "next", "address": "192.0.2.1", "memory_mib": 64})
     assert result["changed"] and not result["failed"]
     assert begun == [[False, False]]
+
+
+# -- memory on remote_ram ----------------------------------------------------------------------------------------------
+
+CONFIG = 'QEMU_ARGS="-machine pc -m 128"\n'
+THERE = {"id": "pc.ram", "path": "/run/remote_ram/web1.ram", "size": 1 << 27}
+
+
+@pytest.mark.parametrize(
+    ("engine", "onboard", "there", "expected"),
+    [
+        ("precopy", False, True, [THERE]),  # the destination needs the file system, and keeps no file of a VM that does not come
+        ("precopy", False, False, []),
+        ("precopy", True, True, [THERE]),
+        ("precopy", True, False, [THERE]),
+        ("userfault", False, False, []),
+        ("remote_ram", False, True, [THERE]),
+        ("remote_ram", False, False, "elsewhere"),
+        ("userfault", True, False, "can only be onboarded by the engine precopy"),
+    ],
+)
+def test_which_ram_files_the_destination_is_told_of(run, monkeypatch, tmp_path, engine, onboard, there, expected):
+    class Qemu:
+        def __init__(self, path, timeout):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def execute(self, command, arguments=None):
+            return {"query-memdev": [{"id": "pc.ram", "size": 1 << 27, "share": False}], "qom-list": []}[command]
+
+    def blocks(qmp):
+        if not there:
+            raise _migration.MigrationError("the memory is elsewhere")
+        return [THERE]
+
+    monkeypatch.setattr(vm_migrate, "is_active", lambda unit: unit == "hecaton-vm@web1.service")
+    monkeypatch.setattr(vm_migrate, "systemctl", lambda *arguments, check: "enabled")
+    monkeypatch.setattr(vm_migrate, "config_path", lambda name: str(tmp_path / "web1.conf"))
+    monkeypatch.setattr(vm_migrate, "QmpClient", Qemu)
+    monkeypatch.setattr(vm_migrate, "ram_blocks", blocks)
+    (tmp_path / "web1.conf").write_text(CONFIG)
+    result = run(engine=engine, onboard=onboard, driver="qmp", token="0" * 32)
+    if isinstance(expected, str):
+        assert result["failed"] and expected in result["msg"]
+        return
+    assert not result["failed"] and result["request"]["ram"] == expected
+    assert ("/run/remote_ram/web1.ram" in result["request"]["config"]) == (onboard and not there)
