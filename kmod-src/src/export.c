@@ -309,8 +309,12 @@ free:
 bool rram_key_holds(struct rram_session *s, unsigned long index,
 		    struct page *page)
 {
-	struct rram_chunk *c = s->src->chunk[index >> RRAM_CHUNK_SHIFT];
+	struct rram_chunk *c;
 
+	/* A huge page may reach beyond the end. */
+	if (index >= s->f->npages)
+		return false;
+	c = s->src->chunk[index >> RRAM_CHUNK_SHIFT];
 	return c && c->page[index % RRAM_CHUNK_PAGES] == page;
 }
 

@@ -384,6 +384,20 @@ static bool rram_get_key(struct rram_session *s, unsigned long index,
 	return false;
 }
 
+/* Whether an answer of rram_demand() says that a page can't be made. */
+bool rram_no_room(int err)
+{
+	switch (err) {
+	case -ENOMEM:
+	case -ENOSPC:
+	case -EIO:
+	case -EOPNOTSUPP:
+		return true;
+	default:
+		return false;
+	}
+}
+
 /* As rram_grab(), and says who pays for a page that is made. */
 static struct folio *rram_grab_charged(struct rram_session *s,
 				       unsigned long index)
@@ -400,7 +414,10 @@ static struct folio *rram_grab_charged(struct rram_session *s,
 	return folio;
 }
 
-/* Starts the READ of a page whose bit the caller has taken. */
+/*
+ * Starts the READ of a page whose bit the caller has taken. What rram_no_room()
+ * knows says that no page can be made, and nothing else.
+ */
 static int rram_demand_taken(struct rram_session *s, unsigned long index,
 			     struct rram_fetch *r, const struct rram_key *key)
 {
@@ -423,21 +440,15 @@ static int rram_demand_taken(struct rram_session *s, unsigned long index,
 	atomic_dec(&s->dst->demand);
 	folio_unlock(folio);
 	folio_put(folio);
-	return err;
-}
-
-/* Whether an answer of rram_demand() says that a page can't be made. */
-bool rram_no_room(int err)
-{
-	switch (err) {
-	case -ENOMEM:
-	case -ENOSPC:
-	case -EIO:
-	case -EOPNOTSUPP:
-		return true;
-	default:
-		return false;
-	}
+	if (!rram_no_room(err))
+		return err;
+	/*
+	 * The page can be made; it is the device that has no room, or fails.
+	 * For a guest that is no reason to do without the page.
+	 */
+	if (!READ_ONCE(s->broken))
+		fsleep(USEC_PER_MSEC);
+	return -EAGAIN;
 }
 
 /**
