@@ -171,8 +171,12 @@ static int rram_await(struct rram_file *f, unsigned long index,
 			ktime_t end = ktime_add_us(begun, s->busy_poll_us);
 
 			while (rram_missing(f, index) &&
-			       ktime_before(ktime_get(), end))
+			       !signal_pending(current) &&
+			       ktime_before(ktime_get(), end)) {
 				cpu_relax();
+				/* Its page may come by a thread of this CPU. */
+				cond_resched();
+			}
 			if (!rram_missing(f, index))
 				continue;
 		}
