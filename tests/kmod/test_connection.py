@@ -219,7 +219,7 @@ def test_a_thread_may_spin_before_it_sleeps(ram):
             program.hear()
             ticks = f"cut -d' ' -f15 /proc/{program.pid}/stat"
             before, faults = int(file.dest.sh(ticks)), file.dst("stats")["faults_retry"]
-            late.append(program.tell_later(f"peek {100 + number}"))
+            late.append(program.tell_later(f"peek {9 + 100 * number}"))
             wait_for(lambda f=faults: file.dst("stats")["faults_retry"] > f)
             time.sleep(slow(1))
             spent.append(int(file.dest.sh(ticks)) - before)
