@@ -21,8 +21,10 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Ab
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
 from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import ENDED, RamFile, RemoteRamError, is_remote_ram
 
-#: States in which a source's file serves a VM that has left.
-SERVING = ("postcopy", "reconnecting", "complete")
+#: States in which a source's file has pages that a VM that has left lacks.
+NEEDED = ("postcopy", "reconnecting")
+#: Those in which it serves that VM, or has just done so.
+SERVING = (*NEEDED, "complete")
 #: What systemd says of a QEMU that did not end by itself.
 KILLED = ("signal", "core-dump", "oom-kill")
 #: Seconds between two looks at a guest that stands still, if QEMU says nothing before.
@@ -99,20 +101,25 @@ def session_uuid(vm: str, block: str) -> bytes:
     return hashlib.sha256(f"{vm}/{block}".encode()).digest()[:16]
 
 
-def is_serving(blocks: list) -> bool:
+def is_serving(blocks: list, states: tuple = SERVING) -> bool:
     """Whether RAM files on this host serve a VM that has left it."""
     for block in blocks:
         try:
             with RamFile(block["path"]) as ram:
-                if _serves(ram.stats()):
+                if _serves(ram.stats(), states):
                     return True
         except RemoteRamError:
             continue  # no such file any more
     return False
 
 
-def _serves(entry: dict) -> bool:
-    return entry["role"] == "source" and entry["state"] in SERVING
+def is_needed(blocks: list) -> bool:
+    """Whether RAM files on this host have pages that a VM that has left it lacks."""
+    return is_serving(blocks, NEEDED)
+
+
+def _serves(entry: dict, states: tuple = SERVING) -> bool:
+    return entry["role"] == "source" and entry["state"] in states
 
 
 def figures(stats: list) -> dict:

@@ -141,6 +141,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils import _cordon, _res
 from ansible_collections.hecaton.fleet.plugins.module_utils._host_facts import parse_meminfo
 from ansible_collections.hecaton.fleet.plugins.module_utils._libvirt import LibvirtError, connect, installed, libvirt_module
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import config_path, incoming_env, is_active, systemctl, vm_unit
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import is_needed
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, check_name, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import is_remote_ram
@@ -273,12 +274,19 @@ class VmIncoming:
             raise MigrationError(f"libvirt on this host has another domain called {self.name} (UUID {here['uuid']}); rename or undefine it first")
         if here and here["receiving"]:
             raise MigrationError(f"libvirt is receiving {self.name} on this host already; wait until that has ended")
+        leaving = read_record(self.state_dir, self.name)
+        if leaving and leaving["phase"] != "finished" and is_active(unit_name(self.name)):
+            # Its last steps remove the definition and the RAM files that it had here.
+            raise MigrationError(f"{self.name} is still leaving this host; wait until that has ended (journalctl -u {unit_name(self.name)})")
         if self.params["driver"] == "qmp" and is_active(unit_name(self.name, True)):
             record = read_record(self.state_dir, self.name, incoming=True) or {}
             if record.get("phase") in ("receiving", "arrived"):
                 raise MigrationError(f"{self.name} is arriving on this host already; wait until that has ended (journalctl -u {unit_name(self.name, True)})")
 
     def _check_ram(self) -> None:
+        # The files that it would have here are those that it had before it left.
+        if is_needed(self.params["ram"]):
+            raise MigrationError(f"a part of the memory of {self.name} is still only on this host, which it left before; it can come back once all of it has left")
         for block in self.params["ram"]:
             folder = os.path.dirname(block["path"])
             if not is_remote_ram(folder):

@@ -396,20 +396,19 @@ class VmMigrate:
     def _ram(self, config: str) -> dict:
         """The VM's definition for the destination, and those RAM files that have to be on a remote_ram file system there."""
         engine, onboard = self.params["engine"], self.params["onboard"]
-        # QEMU's post-copy has none.
-        if self.params["state"] != "migrated" or (engine == "userfault" and not onboard):
+        if self.params["state"] != "migrated":
             return {"config": config, "ram": []}
         try:
             with QmpClient(agent_socket(self.name), timeout=10) as qmp:
+                if engine == "remote_ram":
+                    check_devices(qmp)
                 try:
-                    if engine == "remote_ram":
-                        check_devices(qmp)
                     return {"config": config, "ram": ram_blocks(qmp)}
                 except MigrationError:
-                    if not onboard and engine == "precopy":
-                        return {"config": config, "ram": []}
                     if not onboard:
-                        raise
+                        if engine == "remote_ram":
+                            raise
+                        return {"config": config, "ram": []}
                     if engine != "precopy":
                         raise MigrationError(f"{self.name} can only be onboarded by the engine precopy, not by {engine}") from None
                     config, block = onboarded(config, self.name, qmp.execute("query-memdev"))

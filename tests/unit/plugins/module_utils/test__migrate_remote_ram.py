@@ -310,6 +310,13 @@ def test_a_file_that_received_its_vm_earlier_does_not_serve(world):
     assert _migrate_remote_ram.is_serving([BLOCK])
 
 
+@pytest.mark.parametrize("role, state, needed", [("source", "postcopy", True), ("source", "reconnecting", True), ("source", "complete", False),
+                                                 ("source", "precopy", False), ("destination", "postcopy", False)])  # fmt: skip
+def test_a_source_s_file_is_needed_until_all_of_it_has_left(world, role, state, needed):
+    world.role, world.state = role, state
+    assert _migrate_remote_ram.is_needed([BLOCK]) == needed
+
+
 # -- the destination ---------------------------------------------------------------------------------------------------
 
 

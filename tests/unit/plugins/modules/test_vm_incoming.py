@@ -122,3 +122,29 @@ def test_giving_back_leaves_no_ram_file(run, host, monkeypatch, tmp_path):
     _migration.write_json(record, {"id": "1", "phase": "listening", "ram": [{"id": "pc.ram", "path": str(ram), "size": 1 << 27, "port": 49299}]})
     assert run(state="absent")["changed"]
     assert not ram.exists() and not (tmp_path / "web1.env").exists()
+
+
+@pytest.mark.parametrize("phase, refused", [("postcopy", True), ("finished", False)])
+def test_a_vm_that_is_still_leaving_can_t_come_back(run, host, phase, refused):
+    """The last that its unit does is to remove what it had here, which would be what it has here again."""
+    host.active.add("hecaton-migrate-web1.service")
+    _migration.write_json(_migration.record_path(str(host.state), "web1"), {"id": "1", "phase": phase})
+    result = run()
+    assert result["failed"] == refused
+    assert not refused or "web1 is still leaving this host" in result["msg"]
+
+
+def test_a_record_without_its_unit_keeps_no_vm_away(run, host):
+    _migration.write_json(_migration.record_path(str(host.state), "web1"), {"id": "1", "phase": "precopy"})
+    assert not run()["failed"]
+
+
+@pytest.mark.parametrize("engine", ["remote_ram", "precopy"])
+def test_ram_files_that_a_vm_still_fetches_pages_from_stay(run, monkeypatch, engine):
+    asked = []
+    monkeypatch.setattr(vm_incoming, "is_needed", lambda blocks: bool(asked.append(blocks) or blocks))
+    monkeypatch.setattr(vm_incoming, "start", lambda job, state_dir: pytest.fail("it was let in"))
+    ram = [{"id": "pc.ram", "path": "/run/remote_ram/web1.ram", "size": 1 << 27}]
+    result = run(driver="qmp", engine=engine, config='QEMU_ARGS="-m 128"', ram=ram, token="00")
+    assert result["failed"] and "a part of the memory of web1 is still only on this host" in result["msg"]
+    assert asked == [ram]

@@ -9,6 +9,7 @@ import pytest
 from ansible.module_utils import basic
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.hecaton.fleet.plugins.module_utils import _migration
+from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError
 from ansible_collections.hecaton.fleet.plugins.modules import vm_migrate
 
 
@@ -98,53 +99,74 @@ def test_what_an_earlier_attempt_left_is_gone_before_the_next_begins(run, monkey
     assert begun == [[False, False]]
 
 
-# -- memory on remote_ram ----------------------------------------------------------------------------------------------
+class Asked:
+    """A VM's QEMU that is asked where its memory is."""
 
-CONFIG = 'QEMU_ARGS="-machine pc -m 128"\n'
-THERE = {"id": "pc.ram", "path": "/run/remote_ram/web1.ram", "size": 1 << 27}
+    def __init__(self, path, timeout):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        pass
+
+    def execute(self, command):
+        assert command == "query-memdev"
+        return [{"id": "pc.ram", "size": 1 << 27, "share": False}]
 
 
-@pytest.mark.parametrize(
-    ("engine", "onboard", "there", "expected"),
-    [
-        ("precopy", False, True, [THERE]),  # the destination needs the file system, and keeps no file of a VM that does not come
-        ("precopy", False, False, []),
-        ("precopy", True, True, [THERE]),
-        ("precopy", True, False, [THERE]),
-        ("userfault", False, False, []),
-        ("remote_ram", False, True, [THERE]),
-        ("remote_ram", False, False, "elsewhere"),
-        ("userfault", True, False, "can only be onboarded by the engine precopy"),
-    ],
-)
-def test_which_ram_files_the_destination_is_told_of(run, monkeypatch, tmp_path, engine, onboard, there, expected):
-    class Qemu:
-        def __init__(self, path, timeout):
-            pass
+BLOCK = {"id": "pc.ram", "path": "/run/remote_ram/web1.ram", "size": 1 << 27}
 
-        def __enter__(self):
-            return self
 
-        def __exit__(self, *error):
-            pass
+@pytest.fixture
+def asks(run, monkeypatch, tmp_path):
+    """A VM of driver qmp that is to move: ``asks(engine, blocks, ...)`` is what the destination is told of its memory."""
 
-        def execute(self, command, arguments=None):
-            return {"query-memdev": [{"id": "pc.ram", "size": 1 << 27, "share": False}], "qom-list": []}[command]
+    def asks(blocks, hints=False, **arguments):
+        def ram_blocks(qmp):
+            if not blocks:
+                raise MigrationError("the RAM block pc.ram is anonymous memory")
+            return blocks
 
-    def blocks(qmp):
-        if not there:
-            raise _migration.MigrationError("the memory is elsewhere")
-        return [THERE]
+        def check_devices(qmp):
+            if hints:
+                raise MigrationError("its balloon has free-page-hint=on")
 
-    monkeypatch.setattr(vm_migrate, "is_active", lambda unit: unit == "hecaton-vm@web1.service")
-    monkeypatch.setattr(vm_migrate, "systemctl", lambda *arguments, check: "enabled")
-    monkeypatch.setattr(vm_migrate, "config_path", lambda name: str(tmp_path / "web1.conf"))
-    monkeypatch.setattr(vm_migrate, "QmpClient", Qemu)
-    monkeypatch.setattr(vm_migrate, "ram_blocks", blocks)
-    (tmp_path / "web1.conf").write_text(CONFIG)
-    result = run(engine=engine, onboard=onboard, driver="qmp", token="0" * 32)
-    if isinstance(expected, str):
-        assert result["failed"] and expected in result["msg"]
-        return
-    assert not result["failed"] and result["request"]["ram"] == expected
-    assert ("/run/remote_ram/web1.ram" in result["request"]["config"]) == (onboard and not there)
+        (tmp_path / "web1.conf").write_text('QEMU_ARGS="-m 128"\n')
+        monkeypatch.setattr(vm_migrate, "is_active", lambda unit: unit == "hecaton-vm@web1.service")
+        monkeypatch.setattr(vm_migrate, "systemctl", lambda *_arguments, check=True: "enabled")
+        monkeypatch.setattr(vm_migrate, "config_path", lambda name: str(tmp_path / f"{name}.conf"))
+        monkeypatch.setattr(vm_migrate, "incoming_env", lambda name: str(tmp_path / f"{name}.env"))
+        monkeypatch.setattr(vm_migrate, "QmpClient", Asked)
+        monkeypatch.setattr(vm_migrate, "ram_blocks", ram_blocks)
+        monkeypatch.setattr(vm_migrate, "check_devices", check_devices)
+        return run(driver="qmp", **arguments)
+
+    return asks
+
+
+@pytest.mark.parametrize("engine", ["precopy", "userfault", "remote_ram"])
+def test_the_destination_is_told_of_ram_files_by_whatever_engine_the_vm_comes(asks, engine):
+    """What is left of them when it did not come has to be removed."""
+    assert asks([BLOCK], engine=engine)["request"]["ram"] == [BLOCK]
+
+
+def test_ordinary_memory_stays_so_unless_it_is_onboarded(asks):
+    assert asks([], engine="userfault")["request"] == {"driver": "qmp", "enabled": True, "config": 'QEMU_ARGS="-m 128"\n', "ram": []}
+    told = asks([], engine="precopy", onboard=True)["request"]
+    assert told["ram"] == [BLOCK] and "mem-path=/run/remote_ram/web1.ram" in told["config"]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ({"engine": "remote_ram"}, "the RAM block pc.ram is anonymous memory"),
+    ({"engine": "userfault", "onboard": True}, "web1 can only be onboarded by the engine precopy, not by userfault"),
+])
+def test_what_an_engine_can_t_do_with_ordinary_memory_is_said(asks, arguments, says):
+    result = asks([], **arguments)
+    assert result["failed"] and says in result["msg"]
+
+
+def test_what_keeps_a_vm_from_the_kernel_engine_is_said_also_of_one_that_may_be_onboarded(asks):
+    result = asks([BLOCK], hints=True, engine="remote_ram", onboard=True)
+    assert result["failed"] and result["msg"] == "its balloon has free-page-hint=on"
