@@ -368,7 +368,8 @@ class Incoming:
                     raise MigrationError(f"QEMU for {self.name} did not open its monitor in 60 s") from err
                 time.sleep(0.1)
         qmp.execute("migrate-set-capabilities", {"capabilities": capabilities(job["engine"])})
-        uri = f"tcp:{job['address']}:{self._take_port()}"
+        address = f"[{job['address']}]" if ":" in job["address"] else job["address"]
+        uri = f"tcp:{address}:{self._take_port()}"
         # Once only: a QEMU that could not listen takes no second address.
         qmp.execute("migrate-incoming", {"uri": uri})
         self.save(phase="listening", uri=uri)
@@ -390,8 +391,10 @@ class Incoming:
                 listens(job["address"], port)
             except OSError as err:
                 lock.close()
-                problem = err
-                if err.errno not in (errno.EWOULDBLOCK, errno.EADDRINUSE):
+                problem = err.strerror
+                if err.errno == errno.EWOULDBLOCK:
+                    problem = os.strerror(errno.EADDRINUSE)
+                elif err.errno != errno.EADDRINUSE:
                     break
                 continue
             self._port = lock

@@ -613,6 +613,19 @@ def test_a_port_stays_with_its_vm_until_the_unit_ends(host, tmp_path):
     assert third._take_port() == 49200
 
 
+def test_ports_that_other_vms_have_are_in_use(host, tmp_path):
+    others = [incoming(tmp_path) for _count in range(3)]
+    assert [other._take_port() for other in others] == [49200, 49201, 49202]
+    incoming(tmp_path).run()
+    assert "10.77.1.12 ports 49200-49202: Address already in use" in incoming_record(tmp_path)["reason"]
+
+
+def test_an_address_of_ipv6_is_told_from_the_port(host, tmp_path):
+    arrives(host, (1, "active"), (0, "completed"))
+    incoming(tmp_path, address="fd00::12").run()
+    assert host.told("migrate-incoming") == [{"uri": "tcp:[fd00::12]:49200"}] and incoming_record(tmp_path)["uri"] == "tcp:[fd00::12]:49200"
+
+
 def test_another_program_that_listens_is_seen():
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match="already in use"):
         LISTENS("127.0.0.1", server.getsockname()[1])
