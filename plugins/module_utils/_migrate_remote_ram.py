@@ -83,17 +83,18 @@ def onboarded(config: str, name: str, memory: list, folder: str = "/run/remote_r
     if len(memory) != 1 or len(plain) != 1 or not memory[0].get("id"):
         raise MigrationError(f"{name} has {len(memory)} memory backends of its own; only a VM with one block of anonymous memory can be onboarded")
     block = {"id": memory[0]["id"], "path": f"{folder}/{name}.ram", "size": memory[0]["size"]}
-    line = re.search(r'^QEMU_ARGS="(.*)"$', config, re.MULTILINE)
+    line = re.search(r"""^QEMU_ARGS=(?:"(.*)"|'([^'\n]*)'|([^"'\s\\][^\\\n]*))$""", config, re.MULTILINE)
     if not line:
-        raise MigrationError(f'the definition of {name} has no line QEMU_ARGS="..." to put the memory backend in')
-    arguments = line.group(1)
+        raise MigrationError(f'the definition of {name} has no single line QEMU_ARGS="..." to put the memory backend in')
+    place = line.lastindex
+    arguments = line.group(place)
     if re.search(r"(^|\s)-(mem-path|numa)\s|memory-backend", arguments):
         raise MigrationError(f"the definition of {name} says itself where its memory is (memory-backend, -mem-path or -numa); change it by hand")
     backend = f"memory-backend-file,id={block['id']},mem-path={block['path']},share=on,prealloc=off,size={block['size']}"
     arguments, found = re.subn(r"((?:^|\s)-(?:machine|M)\s+)(\S+)", rf"\1\2,memory-backend={block['id']}", arguments, count=1)
     if not found:
         arguments += f" -machine memory-backend={block['id']}"
-    return config[: line.start(1)] + f"{arguments} -object {backend}" + config[line.end(1) :], block
+    return config[: line.start(place)] + f"{arguments} -object {backend}" + config[line.end(place) :], block
 
 
 def session_uuid(vm: str, block: str) -> bytes:

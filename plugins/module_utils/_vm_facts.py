@@ -140,6 +140,9 @@ def onboarding(vm: dict) -> dict:
     elif vm["memory_defined"]:
         found.append(blocker(
             "memory_defined", "the VM's definition says itself where its memory is (memory-backend, -mem-path or -numa); it has to be changed by hand"))
+    if vm["free_page_hint"]:
+        # It could only move by pre-copy from then on.
+        found.append(blocker("free_page_hint", "its balloon has free-page-hint=on, with which the engine remote_ram can't move it"))
     return {"usable": not vm["blockers"] and not found, "blockers": found}
 
 
@@ -815,7 +818,7 @@ def _memory_hotplugged(objects: list[dict], defined: _Arguments) -> list[str]:
     known = {entry.get("id") for entry in defined.memory_objects()}
     more = [entry["id"] for entry in objects if entry.get("id") and entry["id"] not in known]
     more.sort(key=lambda name: not name.endswith(".ram"))  # as QEMU names the machine's own
-    named = "memory-backend" in {**defined.last("machine", "type"), **defined.last("M", "type")} or defined.all("numa")
+    named = "memory-backend" in {**defined.last("machine", "type"), **defined.last("M", "type")} or any("memdev" in node for node in defined.all("numa"))
     return more if named else more[1:]
 
 

@@ -28,13 +28,21 @@ def test_a_machine_that_is_not_named_gets_its_backend_too():
     assert config == f'QEMU_ARGS="-m 128 -machine memory-backend=pc.ram {BACKEND}"\n'
 
 
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_arguments_are_quoted_as_systemd_takes_them(quote):
+    config, _block = onboarded(f"QEMU_ARGS={quote}-M q35 -m 128{quote}\n", "web1", MEMORY)
+    assert config == f"QEMU_ARGS={quote}-M q35,memory-backend=pc.ram -m 128 {BACKEND}{quote}\n"
+
+
 @pytest.mark.parametrize(
     ("config", "memory", "says"),
     [
         ('QEMU_ARGS="-numa node"\n', MEMORY, "change it by hand"),
         ('QEMU_ARGS="-mem-path /dev/shm -m 1"\n', MEMORY, "change it by hand"),
         ('QEMU_ARGS="-machine pc,memory-backend=m"\n', MEMORY, "change it by hand"),
-        ("OTHER=1\n", MEMORY, "no line QEMU_ARGS"),
+        ("OTHER=1\n", MEMORY, "no single line QEMU_ARGS"),
+        ('QEMU_ARGS="-machine pc \\\n -m 128"\n', MEMORY, "no single line QEMU_ARGS"),
+        ("QEMU_ARGS=-machine pc \\\n -m 128\n", MEMORY, "no single line QEMU_ARGS"),
         ('QEMU_ARGS="-m 128"\n', MEMORY * 2, "2 memory backends"),
         ('QEMU_ARGS="-m 128"\n', [{**MEMORY[0], "share": True}], "only a VM with one block"),
     ],

@@ -526,6 +526,7 @@ def test_all_of_a_guests_memory_has_to_be_on_remote_ram(second, code, order):
         ("-machine q35,memory-backend=m -object memory-backend-ram,id=m,size=1G", ["m"], []),
         ("-machine q35,memory-backend=m -object memory-backend-ram,id=m,size=1G", ["m", "dimm0"], ["dimm0"]),
         ("-object memory-backend-ram,id=m,size=1G -numa node,memdev=m", ["m", "dimm0"], ["dimm0"]),
+        ("-m 1G -numa node,cpus=0", ["pc.ram"], []),
     ],
 )
 def test_memory_that_was_plugged_in_while_it_ran_keeps_a_vm(arguments, running, plugged):
@@ -539,6 +540,12 @@ def test_a_balloon_that_hints_at_free_pages_keeps_a_vm_from_the_kernel_engine_on
     vm = qmp(memory=[{"id": "pc.ram", **THERE}], devices=[{"type": "virtio-balloon-pci", **balloon}])
     assert codes(vm["engines"]["remote_ram"]["blockers"]) == code
     assert vm["blockers"] == [] and vm["engines"]["precopy"]["usable"]
+
+
+@pytest.mark.parametrize(("hints", "code"), [(False, []), (True, ["free_page_hint"])])
+def test_who_could_not_leave_remote_ram_by_the_kernel_engine_is_not_brought_there(hints, code):
+    vm = qmp(memory=[{"id": "pc.ram", **ANONYMOUS}], devices=[{"type": "virtio-balloon-pci", "free-page-hint": hints}])
+    assert (vm["onboarding"]["usable"], codes(vm["onboarding"]["blockers"])) == (not hints, code)
 
 
 def test_an_encrypted_guest_stays():
