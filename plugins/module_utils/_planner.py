@@ -1016,6 +1016,8 @@ class _Planner:
                 engine, engine_reason = _choose_engine(vm, host, self.options)
                 why = unit.only_reason or placement.reason_of[unit]
                 moves.append(Move(vm, host, engine, engine_reason, why, engine == "precopy" and _onboards(vm, host, self.options)))
+        if self.options.onboard and self.options.engine not in ("auto", "precopy"):
+            self.warnings.append(f"nothing is onboarded: that is done by pre-copy, and the engine {self.options.engine} was asked for")
         end, peak, in_time = _schedule(moves, self.options, self.warnings)
         return self._assemble(moves, end, peak, in_time)
 

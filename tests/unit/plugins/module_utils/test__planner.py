@@ -230,8 +230,14 @@ def test_with_precopy_asked_for_a_vm_is_onboarded_as_well():
     facts = [host("hv1", vms=[vm("new", driver="qmp", onboarding=onboarding())]), host("hv2")]
     (move,) = plan_for(facts, onboard=True, engine="precopy")["moves"]
     assert (move["engine"], move["engine_reason"], move["onboard"]) == ("precopy", "asked for", True)
-    (move,) = plan_for(facts, onboard=True, engine="userfault")["moves"]
+    assert not plan_for(facts, onboard=True, engine="precopy", bandwidth_mib_s=10000)["warnings"]
+
+
+def test_onboarding_by_another_engine_is_no_secret():
+    plan = plan_for([host("hv1", vms=[vm("new", driver="qmp", onboarding=onboarding())]), host("hv2")], onboard=True, engine="userfault")
+    (move,) = plan["moves"]
     assert (move["engine"], move["onboard"]) == ("userfault", False)
+    assert plan["warnings"] == ["nothing is onboarded: that is done by pre-copy, and the engine userfault was asked for"]
 
 
 def test_nothing_is_onboarded_where_there_is_no_remote_ram():
