@@ -11,6 +11,7 @@ import subprocess
 
 import jinja2
 import pytest
+import yaml
 from ansible.plugins.filter import core, mathstuff
 
 TEMPLATES = next(folder for folder in pathlib.Path(__file__).resolve().parents if (folder / "roles" / "rdma" / "tasks").is_dir()) / "roles/rdma/templates"
@@ -53,6 +54,22 @@ def test_roce_is_set_to_version_2_and_the_setting_goes_again(variables):
     start = commands(unit, "ExecStart")
     assert start[-2] == f"mkdir -p {config}" and 'echo "RoCE v2"' in start[-1] and f"{config}/ports/*/default_roce_mode" in start[-1]
     assert f"-rmdir {config}" in commands(unit, "ExecStopPost")
+
+
+@pytest.mark.parametrize(("mtu", "raised"), [("4200", True), ("0", False)])
+def test_the_mtu_may_come_from_the_command_line_where_it_is_a_text(mtu, raised):
+    start = commands(render("hecaton-rdma.service", **{**MLX5, "rdma_mtu": mtu}), "ExecStart")
+    assert start == commands(render("hecaton-rdma.service", **{**MLX5, "rdma_mtu": int(mtu)}), "ExecStart")
+    assert (f"ip link set dev mig0 mtu {mtu}" in start) == raised
+
+
+@pytest.mark.parametrize(("asked", "most", "expected"), [(0, 4096, 4096), (1500, 4096, 1024), ("4200", 4096, 4096), ("9000", 2048, 2048)])
+def test_a_port_has_the_mtu_that_was_asked_for(asked, most, expected):
+    """As the role's last check works it out."""
+    tasks = yaml.safe_load((TEMPLATES.parent / "tasks" / "verify.yml").read_text())
+    (text,) = (task["vars"]["rdma_expected"] for task in tasks if "rdma_expected" in task.get("vars", {}))
+    rendered = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(text).render(rdma_mtu=asked, rdma_port={"max_mtu": most})
+    assert int(rendered) == expected
 
 
 @pytest.mark.parametrize("variables", [SIW, CXGB4])
