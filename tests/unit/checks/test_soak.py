@@ -37,7 +37,14 @@ def test_what_the_host_runs_is_a_program(soak):
 def test_a_host_that_has_what_it_had_leaks_nothing(soak):
     most = {"available_kib": -soak.AVAILABLE_KIB, "slab_kib": soak.SLAB_KIB, "open_files": soak.OPEN_FILES}
     after = {**HOST, **{key: HOST[key] + change for key, change in most.items()}}
-    assert soak.leaks({"hv1": HOST, "hv2": HOST}, {"hv1": HOST, "hv2": after}) == []
+    assert soak.leaks({"hv1": HOST, "hv2": HOST}, {"hv1": HOST, "hv2": after}, ["one"]) == []
+
+
+def test_a_host_may_have_a_file_for_each_vm_and_port(soak):
+    kept = ["/var/lib/hecaton/incoming/one.json", "/var/lib/hecaton/migrations/one.json", "/var/lib/hecaton/jobs/one.outgoing.json", "/run/hecaton/ports/49201"]
+    assert soak.leaks({"hv1": HOST}, {"hv1": {**HOST, "files": HOST["files"] + kept}}, ["one"]) == []
+    (said,) = soak.leaks({"hv1": HOST}, {"hv1": {**HOST, "files": HOST["files"] + kept}}, ["two"])
+    assert said == f"hv1 has other files than before: {', '.join(sorted(kept[:3]))}"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +54,8 @@ def test_a_host_that_has_what_it_had_leaks_nothing(soak):
         ({"slab_kib": 50000}, "the kernel of hv1 keeps 10000 KiB more in slabs"),
         ({"open_files": 1300}, "hv1 has 400 more open files"),
         ({"files": [*HOST["files"], "/run/remote_ram/one.ram"]}, "hv1 has other files than before: /run/remote_ram/one.ram"),
+        ({"files": [*HOST["files"], "/var/lib/hecaton/migrations/.x.tmp"]}, "hv1 has other files than before: /var/lib/hecaton/migrations/.x.tmp"),
+        ({"files": [*HOST["files"], "/run/hecaton/incoming/one.env"]}, "hv1 has other files than before: /run/hecaton/incoming/one.env"),
         ({"units": ["hecaton-migrate-one.service"]}, "hv1 has other units than before: hecaton-migrate-one.service"),
         ({"sessions": 2}, "hv1 has 2 sessions, and had 0"),
         ({"module_users": 3}, "hv1 has 3 users of the module, and had 1"),
@@ -54,7 +63,7 @@ def test_a_host_that_has_what_it_had_leaks_nothing(soak):
     ],
 )
 def test_whatever_a_host_lacks_or_keeps_is_told(soak, change, says):
-    assert soak.leaks({"hv1": HOST}, {"hv1": {**HOST, **change}}) == [says]
+    assert soak.leaks({"hv1": HOST}, {"hv1": {**HOST, **change}}, ["one"]) == [says]
 
 
 def test_what_a_kernel_complains_of_is_found(soak):
