@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 
 RECOVERED = 0.9  # of the earlier rate
@@ -12,7 +13,7 @@ RECOVERED = 0.9  # of the earlier rate
 REPORTS = 8
 #: Accesses below this many µs did not wait for a page: no network of the lab is so fast.
 FLOOR_US = 64
-MEDIANS = ("downtime_ms", "total_ms", "degraded_ms", "stall_p50_us", "stall_p99_us", "stall_max_us", "stalls", "wait_p50_us", "wait_p99_us", "bytes",
+MEDIANS = ("downtime_ms", "downtime_told_ms", "total_ms", "degraded_ms", "stall_p50_us", "stall_p99_us", "stall_max_us", "stalls", "wait_p50_us", "wait_p99_us", "bytes",
            "cpu_s", "cpu_s_per_gib", "pages_demand", "faults_per_working_set", "latency_p50_ms", "latency_p99_ms", "latency_worst_ms")  # fmt: skip
 #: What remote_ram has to reach, as a ratio to userfault.
 RATIO_GOALS = {"stall_p50_us": 0.5, "stall_p99_us": 0.5, "degraded_ms": 0.5, "downtime_ms": 1.0, "total_ms": 0.8, "cpu_s_per_gib": 0.7}
@@ -61,14 +62,46 @@ def waits(usual: list, moving: list) -> list:
     ]
 
 
+# --- Two hosts' clocks --------------------------------------------------------------------------------------------------
+
+
+def ahead(exchanges: list) -> tuple:
+    """How many seconds a host's clock is ahead of ours, and by how many that may be wrong: half of the quickest way there and back.
+
+    :param exchanges: when the host was asked by our clock, what its clock said, when the answer was here.
+    """
+    asked, said, answered = min(exchanges, key=lambda each: each[2] - each[0])
+    return said - (asked + answered) / 2, (answered - asked) / 2
+
+
+def agreed(first: tuple, second: tuple) -> tuple:
+    """The better of two such results. By what they differ beyond their own errors, a clock has gone wrong in between."""
+    drift = max(0.0, abs(first[0] - second[0]) - first[1] - second[1])
+    value, error = min(first, second, key=lambda each: each[1])
+    return value, error + drift
+
+
+def pause(source: str, target: str) -> tuple | None:
+    """When a guest stood still at the source and ran at the target, each by its host's clock; None if one of them did not tell.
+
+    :param source: what its QEMU told there, a line an event: of our own watcher, or of virsh qemu-monitor-event.
+    """
+    stopped, resumed = (
+        [float(moment) for event, moment in re.findall(r"\b(STOP|RESUME)(?: at)? (\d+\.\d+)", text) if event == wanted]
+        for text, wanted in ((source, "STOP"), (target, "RESUME"))
+    )
+    return (stopped[-1], resumed[0]) if stopped and resumed else None
+
+
 # --- One run ------------------------------------------------------------------------------------------------------------
 
 
-def measure(before: list, after: list, downtime_ms: float) -> dict:
+def measure(before: list, after: list, downtime_ms: float | None) -> dict:
     """What a guest that reports each second saw of a move.
 
     :param before: its reports up to the switch, oldest first; those from REPORTS before the move on.
     :param after: its reports from the switch on.
+    :param downtime_ms: how long it stood still; None when that was not measured.
     """
     usual = statistics.median(each["rate_mib_s"] for each in before[:REPORTS])
     # A guest that writes nothing has no rate that could get worse.
@@ -77,7 +110,7 @@ def measure(before: list, after: list, downtime_ms: float) -> dict:
     return {
         "rate_before_mib_s": usual,
         # The guest's clock stands still while it is paused.
-        "degraded_ms": round(recovered["uptime_ms"] - before[-1]["uptime_ms"] + downtime_ms) if recovered else None,
+        "degraded_ms": round(recovered["uptime_ms"] - before[-1]["uptime_ms"] + downtime_ms) if recovered and downtime_ms is not None else None,
         "stall_p50_us": percentile(hist, 0.5),
         "stall_p99_us": percentile(hist, 0.99),
         "stall_max_us": max((each["stall_max_us"] for each in [*before[REPORTS:], *after]), default=None),
@@ -85,11 +118,12 @@ def measure(before: list, after: list, downtime_ms: float) -> dict:
     }
 
 
-def served(before: dict, after: dict, times: dict, downtime_ms: float) -> dict:
+def served(before: dict, after: dict, times: dict, downtime_ms: float | None) -> dict:
     """What the client of the database saw of a move.
 
     :param before: the client's result before the move, ``after``: the one when the database was itself again.
     :param times: started, switched, finished of the migration, by the client's clock.
+    :param downtime_ms: how long the guest stood still before ``switched``; None when that was not measured.
     """
     begun = after["started"]
     first = before["updated"] - begun
@@ -98,7 +132,7 @@ def served(before: dict, after: dict, times: dict, downtime_ms: float) -> dict:
     start = max(0, math.floor(first) - REPORTS)
     return {
         "rate_before_s": usual,
-        "degraded_ms": until_again(after, times["switched"], downtime_ms, usual),
+        "degraded_ms": until_again(after, times["switched"], downtime_ms, usual) if downtime_ms is not None else None,
         "requests": after["requests"] - before["requests"],
         "latency_p50_ms": slower_than(hist, 0.5), "latency_p99_ms": slower_than(hist, 0.99),
         "latency_worst_ms": max(after["worst_ms_per_second"][math.floor(first) :], default=None), "latency_ms": hist,

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -68,7 +70,7 @@ class Reports:
         before = [each for each in self.reports(self.source) if each["seq"] >= self.first]
         usual = statistics.median(each["rate_mib_s"] for each in before[: figures.REPORTS])
         again = self.await_reports(host, before[-1]["seq"], lambda found: any(each["rate_mib_s"] >= figures.RECOVERED * usual for each in found))
-        return figures.measure(before, again, record["downtime_ms"] or 0)
+        return figures.measure(before, again, record["downtime_ms"])
 
     def check(self) -> dict:
         return {"corrupt": self.guests.full_check([self.name], timeout=300)[self.name]["corrupt_total"], "failed": 0}
@@ -149,14 +151,90 @@ class Database:
 
     def after(self, host: str, record: dict, clock) -> dict:
         times = {key: clock(record[key]) for key in ("started", "switched", "finished")}
-        paused, usual = record["downtime_ms"] or 0, statistics.median(self.start["per_second"][-figures.REPORTS - 1 : -1])
+        paused, usual = record["downtime_ms"], statistics.median(self.start["per_second"][-figures.REPORTS - 1 : -1])
         done = times["finished"] + figures.REPORTS
-        last = self._await(lambda seen: seen["updated"] > done and figures.until_again(seen, times["switched"], paused, usual), 240)
+        last = self._await(lambda seen: seen["updated"] > done and figures.until_again(seen, times["switched"], paused or 0, usual), 240)
         return {"data_mib": self.data_mib, **figures.served(self.start, last, times, paused)}
 
     def check(self) -> dict:
         now = self.seen()
         return {"corrupt": now["wrong"] - self.start["wrong"], "failed": now["failed"] - self.start["failed"]}
+
+
+#: What a host runs to tell its time, once for each line that it is sent.
+TELL = "import sys, time\nfor _line in sys.stdin: print(repr(time.time()), flush=True)"
+#: What a host runs to note when the QEMU of a VM stops and runs it, by QEMU's own account. QEMU may come later, and may go.
+NOTE = """
+import json, socket, sys, time
+while True:
+    try:
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.connect(f"/run/hecaton/vm/{sys.argv[1]}/qmp.sock")
+            monitor.sendall(b'{"execute": "qmp_capabilities"}')
+            for line in monitor.makefile():
+                told = json.loads(line)
+                if told.get("event") in ("STOP", "RESUME"):
+                    print(told["event"], "{seconds}.{microseconds:06}".format(**told["timestamp"]), flush=True)
+    except (OSError, ValueError):
+        pass  # not there yet, or not any more
+    time.sleep(0.2)
+"""
+
+
+def ahead(lab, host: str, count: int = 20) -> tuple:
+    """How many seconds a host's clock is ahead of ours, and by how many that may be wrong."""
+    exchanges = []
+    try:
+        with lab.talk(host, f"python3 -c {shlex.quote(TELL)}") as told:
+            for _number in range(count):
+                asked = time.time()
+                told.stdin.write("\n")
+                told.stdin.flush()
+                said = told.stdout.readline()
+                exchanges.append((asked, float(said), time.time()))
+    except (OSError, ValueError) as err:
+        raise LabError(f"{host} does not tell its time: {err}") from err
+    return figures.ahead(exchanges)
+
+
+class Pause:
+    """How long a guest stands still while the block moves it: from QEMU's event STOP at the source to RESUME at the target.
+
+    What QEMU itself tells of the downtime ends with the last byte sent for post-copy, and with the target's answer for all else.
+    """
+
+    FILE = "/run/bench-events"
+
+    def __init__(self, lab, guest: lab_guests.Guest, hosts):
+        self.lab, self.guest, self.hosts = lab, guest, hosts
+        self.clocks: dict = {}
+        self.told: dict = {}
+
+    def __enter__(self):
+        command = f"python3 {self.FILE}.py {self.guest.name}" if self.guest.driver == "qmp" else "stdbuf -oL virsh qemu-monitor-event --loop"
+        script = f"""
+            cat > {self.FILE}.py <<'END'{NOTE}END
+            systemctl stop -q bench-events 2>/dev/null
+            systemd-run -q --collect --unit bench-events -p StandardOutput=truncate:{self.FILE} {command}
+        """
+        for host in self.hosts:
+            self.lab.ssh(host, "bash", stdin=script)
+            self.clocks[host] = ahead(self.lab, host)
+        return self
+
+    def __exit__(self, *_error):
+        for host in self.hosts:
+            self.told[host] = self.lab.ssh(host, f"systemctl stop -q bench-events; cat {self.FILE}").stdout
+            self.clocks[host] = figures.agreed(self.clocks[host], ahead(self.lab, host))
+
+    def measured(self, source: str, target: str) -> dict:
+        """``downtime_ms``, by how much it may be wrong, and ``resumed`` by our clock; None each if QEMU did not tell both."""
+        found = figures.pause(self.told[source], self.told[target])
+        if found is None:
+            return {"downtime_ms": None, "downtime_error_ms": None, "resumed": None}
+        (there, off), (here, off_too) = self.clocks[source], self.clocks[target]
+        stopped, resumed = found[0] - there, found[1] - here
+        return {"downtime_ms": round((resumed - stopped) * 1000), "downtime_error_ms": math.ceil((off + off_too) * 1000), "resumed": resumed}
 
 
 class Processors:

@@ -222,6 +222,12 @@ class Lab:
             ["ssh", "-F", str(self.folder / "ssh_config"), name, "--", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=True
         ).stdout
 
+    def talk(self, name: str, command: str) -> subprocess.Popen:
+        """A command on a host that is written to and read from while it runs. It ends when its input does."""
+        return subprocess.Popen(
+            ["ssh", "-F", str(self.folder / "ssh_config"), name, "--", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )  # fmt: skip
+
     def put(self, name: str, source: pathlib.Path, target: str, before: str = "true", timeout: float = 120) -> None:
         """Copies a file to a host, after a command there."""
         with open(source, "rb") as content:

@@ -58,6 +58,25 @@ def test_degraded_until_nine_tenths_of_the_earlier_rate_and_the_pause_counts(fig
 def test_a_guest_that_writes_nothing_can_not_be_degraded(figures):
     before = [told(n, 0, [n]) for n in range(1, figures.REPORTS + 2)]
     assert figures.measure(before, [told(10, 0, [10])], 250)["degraded_ms"] is None
+    assert figures.measure(before, before, None)["degraded_ms"] is None
+
+
+def test_the_quickest_answer_tells_a_clock_best(figures):
+    value, error = figures.ahead([(10.0, 115.0, 10.4), (11.0, 116.002, 11.01), (12.0, 120.0, 13.0)])
+    assert (value, error) == (pytest.approx(104.997), pytest.approx(0.005))
+
+
+def test_two_measurements_of_a_clock_agree_or_it_has_gone_wrong(figures):
+    assert figures.agreed((5.0, 0.02), (5.01, 0.005)) == (5.01, 0.005)
+    assert figures.agreed((5.0, 0.02), (5.1, 0.005)) == (5.1, pytest.approx(0.08))
+
+
+def test_a_pause_is_from_the_last_stop_to_the_first_run(figures):
+    assert figures.pause("STOP 1.5\nRESUME 1.75\nSTOP 10.000250\n", "RESUME 12.5\nSTOP 20.0\nRESUME 21.0\n") == (10.00025, 12.5)
+    virsh = "event {} at {} for domain 'bench-libvirt': <null>\n"
+    assert figures.pause(virsh.format("STOP", "1.000002"), virsh.format("RESUME", "1.200000")) == (1.000002, 1.2)
+    assert figures.pause(virsh.format("MIGRATION", "1.000002"), virsh.format("RESUME", "1.200000")) is None
+    assert figures.pause("STOP 1.0\n", "") is None
 
 
 def result(per_second, latency, updated, **more):

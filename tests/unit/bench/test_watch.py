@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+import socket
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -25,10 +29,19 @@ class Lab:
 
     def __init__(self):
         self.scripts = []
+        self.events = {}
+
+    def talk(self, host, command):
+        name, option, script = shlex.split(command)
+        assert (name, option) == ("python3", "-c")
+        script = script.replace("time.time()", f"(time.time() + {self.ahead[host]})")
+        return subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ssh(self, host, *command, stdin=None):
         self.scripts.append(stdin or command[0])
         now = time.time() + self.ahead[host]
+        if "bench-events" in (stdin or command[0]):
+            return types.SimpleNamespace(stdout="" if stdin else self.events.get(host, ""))
         if stdin:
             return types.SimpleNamespace(stdout=f"{now}\n")
         busy = range(-20, 20)
@@ -43,6 +56,55 @@ def test_processors_are_read_by_the_clock_of_their_own_host(watch):
     assert processors.seconds("hv1", record) == pytest.approx(4, abs=0.1)
     assert processors.clock("hv1")(record["finished"]) == pytest.approx(now - 2, abs=0.1)
     assert processors.clock("hv2")(now - 50) == pytest.approx(now, abs=0.1)
+
+
+def guest(driver="qmp"):
+    return types.SimpleNamespace(name="g", driver=driver)
+
+
+def test_a_pause_is_measured_between_two_clocks(watch):
+    lab = Lab()
+    with watch.Pause(lab, guest(), ["hv1", "hv2"]) as pause:
+        now = time.time()
+        lab.events = {"hv1": f"STOP {now + 100 - 2:.6f}\n", "hv2": f"RESUME {now - 50 - 1.8:.6f}\n"}
+    seen = pause.measured("hv1", "hv2")
+    assert abs(seen["downtime_ms"] - 200) <= seen["downtime_error_ms"]
+    assert seen["resumed"] == pytest.approx(now - 1.8, abs=seen["downtime_error_ms"] / 1000)
+    assert pause.measured("hv2", "hv1") == {"downtime_ms": None, "downtime_error_ms": None, "resumed": None}
+
+
+@pytest.mark.parametrize(("driver", "program"), [("qmp", "python3 /run/bench-events.py g\n"), ("libvirt", "virsh qemu-monitor-event --loop\n")])
+def test_each_driver_has_its_way_to_tell_of_events(watch, driver, program):
+    lab = Lab()
+    with watch.Pause(lab, guest(driver), ["hv1"]):
+        pass
+    assert program in lab.scripts[0]
+    assert subprocess.run(["bash", "-n"], input=lab.scripts[0], text=True, check=False).returncode == 0
+
+
+def test_a_host_that_tells_no_time_ends_the_measurement(watch):
+    lab = types.SimpleNamespace(talk=lambda host, command: subprocess.Popen(["cat", "/dev/null"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    with pytest.raises(watch.LabError, match="hv1 does not tell its time"):
+        watch.ahead(lab, "hv1")
+
+
+def test_qemus_events_are_noted_also_of_one_that_comes_later(watch, tmp_path):
+    note = subprocess.Popen([sys.executable, "-c", watch.NOTE.replace("/run/hecaton/vm", str(tmp_path)), "g"], stdout=subprocess.PIPE, text=True)
+    try:
+        (tmp_path / "g").mkdir()
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(tmp_path / "g" / "qmp.sock"))
+            server.listen()
+            for event in ("STOP", "RESUME"):  # QEMU goes after each, and another comes
+                with server.accept()[0] as monitor:
+                    monitor.sendall(b'{"QMP": {}}\r\n')
+                    assert json.loads(monitor.recv(100)) == {"execute": "qmp_capabilities"}
+                    for each in ("MIGRATION", event):
+                        monitor.sendall(json.dumps({"event": each, "timestamp": {"seconds": 17, "microseconds": 250}}).encode() + b"\r\n")
+                assert note.stdout.readline() == f"{event} 17.000250\n"
+    finally:
+        note.kill()
+        note.communicate()
 
 
 def told(seq, rate):
@@ -143,6 +205,7 @@ class Watcher:
 
     def after(self, host, record, clock):
         self.on.append(host)
+        self.record = record
         return {"degraded_ms": 900, "stall_p50_us": 700.0, "stall_p99_us": 900.0}
 
     def check(self):
@@ -150,6 +213,7 @@ class Watcher:
 
 
 RECORD = {"result": "moved", "reason": "", "downtime_ms": 100, "total_ms": 5000, "bytes": 7, "started": 1.0, "switched": 2.0, "finished": 3.0}
+EVENTS = {"hv1": "STOP 1100.5", "hv2": "RESUME 950.75"}  # each by its clock: 0.25 s
 COUNTED = {"wait_hist": [0] * 10 + [4], **{f"pages_{cause}": 8 for cause in ("ahead", "zero", "demand", "bubble", "background")}}
 
 
@@ -157,7 +221,7 @@ COUNTED = {"wait_hist": [0] * 10 + [4], **{f"pages_{cause}": 8 for cause in ("ah
 def run(engines, monkeypatch, tmp_path):
     """Runs a move whose playbook leaves this record, or none."""
 
-    def moved(engine, record, status=0):
+    def moved(engine, record, status=0, events=EVENTS):
         def play(lab, name, folder, variables, quiet):
             if record:
                 (folder / "record.json").write_text(json.dumps(record))
@@ -166,6 +230,7 @@ def run(engines, monkeypatch, tmp_path):
 
         monkeypatch.setattr(engines.playbook, "run", play)
         setting = engines.Setting(Lab(), tmp_path)
+        setting.lab.events = events
         setting.guest, setting.watch = engines.workloads.WORKLOADS["hot"].guest("qmp", True), Watcher()
         return engines.move(setting, engine, "hot"), setting
 
@@ -175,7 +240,11 @@ def run(engines, monkeypatch, tmp_path):
 def test_a_row_of_the_kernel_engine(run):
     row, setting = run("remote_ram:siw", {**RECORD, "remote_ram": COUNTED})
     assert (row["engine"], row["transport"], row["workload"], row["driver"], row["result"]) == ("remote_ram", "siw", "hot", "qmp", "moved")
-    assert (row["downtime_ms"], row["total_ms"], row["degraded_ms"], row["bytes"], row["corrupt"]) == (100, 5000, 900, 7, 0)
+    assert (row["downtime_ms"], row["total_ms"], row["degraded_ms"], row["bytes"], row["corrupt"]) == (pytest.approx(250, abs=row["downtime_error_ms"]), 5000, 900, 7, 0)
+    assert row["downtime_told_ms"] == 100 and "resumed" not in row
+    # What watches the guest counts from there on, by the clock of the source.
+    assert setting.watch.record["downtime_ms"] == row["downtime_ms"]
+    assert setting.watch.record["switched"] == pytest.approx(1100.75, abs=0.2)
     assert row["pages_demand"] == 8 and row["faults_per_working_set"] == pytest.approx(8 / 16384, abs=1e-4)
     assert setting.watch.on == ["hv1", "hv2"] and setting.place == ["hv2", "hv1"]
     assert run.told["bench_engine"] == "remote_ram"
@@ -184,6 +253,12 @@ def test_a_row_of_the_kernel_engine(run):
 def test_precopy_has_no_missing_pages(run):
     row, _setting = run("precopy", RECORD)
     assert row["stall_p50_us"] is None and "pages_demand" not in row
+
+
+def test_what_qemu_tells_is_not_taken_for_what_was_not_measured(run):
+    row, setting = run("userfault", RECORD, events={"hv1": "STOP 1100.5"})
+    assert (row["downtime_ms"], row["downtime_error_ms"], row["downtime_told_ms"]) == (None, None, 100)
+    assert setting.watch.record["downtime_ms"] is None and setting.watch.record["switched"] == RECORD["switched"]
 
 
 def test_a_move_that_was_given_up_is_a_row_and_the_guest_is_where_it_was(run):
