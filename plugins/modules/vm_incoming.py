@@ -286,7 +286,7 @@ class VmIncoming:
     def _check_ram(self) -> None:
         # The files that it would have here are those that it had before it left.
         if is_needed(self.params["ram"]):
-            raise MigrationError(f"a part of the memory of {self.name} is still only on this host, which it left before; it can come back once all of it has left")
+            raise MigrationError(f"a part of the memory of {self.name} is still only on this host, which it left before; wait until all of it has left")
         for block in self.params["ram"]:
             folder = os.path.dirname(block["path"])
             if not is_remote_ram(folder):

@@ -13,8 +13,9 @@ RECOVERED = 0.9  # of the earlier rate
 REPORTS = 8
 #: Accesses below this many µs did not wait for a page: no network of the lab is so fast.
 FLOOR_US = 64
-MEDIANS = ("downtime_ms", "downtime_told_ms", "total_ms", "degraded_ms", "stall_p50_us", "stall_p99_us", "stall_max_us", "stalls", "wait_p50_us", "wait_p99_us", "bytes",
-           "cpu_s", "cpu_s_per_gib", "pages_demand", "faults_per_working_set", "latency_p50_ms", "latency_p99_ms", "latency_worst_ms")  # fmt: skip
+MEDIANS = ("downtime_ms", "downtime_told_ms", "total_ms", "degraded_ms", "stall_p50_us", "stall_p99_us", "stall_max_us", "stalls",
+           "wait_p50_us", "wait_p99_us", "bytes", "cpu_s", "cpu_s_per_gib",
+           "pages_demand", "faults_per_working_set", "latency_p50_ms", "latency_p99_ms", "latency_worst_ms")  # fmt: skip
 #: What remote_ram has to reach, as a ratio to userfault.
 RATIO_GOALS = {"stall_p50_us": 0.5, "stall_p99_us": 0.5, "degraded_ms": 0.5, "downtime_ms": 1.0, "total_ms": 0.8, "cpu_s_per_gib": 0.7}
 #: What it has to reach by itself; no run may be worse, and no row of any engine may be wrong.

@@ -240,7 +240,8 @@ def run(engines, monkeypatch, tmp_path):
 def test_a_row_of_the_kernel_engine(run):
     row, setting = run("remote_ram:siw", {**RECORD, "remote_ram": COUNTED})
     assert (row["engine"], row["transport"], row["workload"], row["driver"], row["result"]) == ("remote_ram", "siw", "hot", "qmp", "moved")
-    assert (row["downtime_ms"], row["total_ms"], row["degraded_ms"], row["bytes"], row["corrupt"]) == (pytest.approx(250, abs=row["downtime_error_ms"]), 5000, 900, 7, 0)
+    assert (row["total_ms"], row["degraded_ms"], row["bytes"], row["corrupt"]) == (5000, 900, 7, 0)
+    assert abs(row["downtime_ms"] - 250) <= row["downtime_error_ms"]
     assert row["downtime_told_ms"] == 100 and "resumed" not in row
     # What watches the guest counts from there on, by the clock of the source.
     assert setting.watch.record["downtime_ms"] == row["downtime_ms"]
