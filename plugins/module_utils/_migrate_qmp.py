@@ -383,7 +383,7 @@ class Incoming:
         job = self.job
         folder = os.path.join(RUN_DIR, "ports")
         os.makedirs(folder, mode=0o755, exist_ok=True)
-        problem = None
+        problem = os.strerror(errno.EADDRINUSE)
         for port in range(job["port_min"], job["port_max"] + 1):
             lock = open(os.path.join(folder, str(port)), "w")  # noqa: SIM115 - it is held for as long as this process lives
             try:
@@ -391,12 +391,10 @@ class Incoming:
                 listens(job["address"], port)
             except OSError as err:
                 lock.close()
+                if err.errno in (errno.EWOULDBLOCK, errno.EADDRINUSE):
+                    continue
                 problem = err.strerror
-                if err.errno == errno.EWOULDBLOCK:
-                    problem = os.strerror(errno.EADDRINUSE)
-                elif err.errno != errno.EADDRINUSE:
-                    break
-                continue
+                break
             self._port = lock
             return port
         raise MigrationError(f"{self.name} can't be listened for on {job['address']} ports {job['port_min']}-{job['port_max']}: {problem}")

@@ -221,7 +221,7 @@ COUNTED = {"wait_hist": [0] * 10 + [4], **{f"pages_{cause}": 8 for cause in ("ah
 def run(engines, monkeypatch, tmp_path):
     """Runs a move whose playbook leaves this record, or none."""
 
-    def moved(engine, record, status=0, events=EVENTS):
+    def moved(engine, record, status=0, events=None):
         def play(lab, name, folder, variables, quiet):
             if record:
                 (folder / "record.json").write_text(json.dumps(record))
@@ -230,7 +230,7 @@ def run(engines, monkeypatch, tmp_path):
 
         monkeypatch.setattr(engines.playbook, "run", play)
         setting = engines.Setting(Lab(), tmp_path)
-        setting.lab.events = events
+        setting.lab.events = events or EVENTS
         setting.guest, setting.watch = engines.workloads.WORKLOADS["hot"].guest("qmp", True), Watcher()
         return engines.move(setting, engine, "hot"), setting
 
