@@ -596,7 +596,7 @@ def test_with_all_ports_busy_it_says_which_and_cleans_up(host, tmp_path):
     host.ports = dict.fromkeys((49200, 49201, 49202), errno.EADDRINUSE)
     incoming(tmp_path).run()
     assert not host.told("migrate-incoming") and stopped(host)
-    assert "10.77.1.12 ports 49200-49202: [Errno 98] Address already in use" in incoming_record(tmp_path)["reason"]
+    assert "10.77.1.12 ports 49200-49202: Address already in use" in incoming_record(tmp_path)["reason"]
 
 
 def test_an_address_that_is_not_this_hosts_is_not_tried_on_all_ports(host, tmp_path):
