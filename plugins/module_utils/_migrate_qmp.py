@@ -293,6 +293,9 @@ class Incoming:
         announced VM may take to come), and optionally ram (blocks whose files are on a remote_ram file system here).
     """
 
+    #: What ends an arrival and is told in its record.
+    ENDS: tuple = (QmpError, MigrationError, OSError)
+
     def __init__(self, job: dict, state_dir: str):
         self.job = job
         self.name = job["vm"]
@@ -312,7 +315,7 @@ class Incoming:
         try:
             qmp = self._listen()
             self._receive(qmp)
-        except (QmpError, MigrationError, OSError) as err:
+        except self.ENDS as err:
             # Only before the VM runs here: after that, this QEMU is the VM.
             if not self.arrived:
                 self._clean_up()

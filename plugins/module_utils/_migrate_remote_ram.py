@@ -381,6 +381,8 @@ class Incoming(_migrate_qmp.Incoming):
     :param job: as :class:`_migrate_qmp.Incoming` takes it, and ram (blocks of :func:`ram_blocks`), token (hex).
     """
 
+    ENDS = (*_migrate_qmp.Incoming.ENDS, RemoteRamError)
+
     def __init__(self, job: dict, state_dir: str):
         super().__init__(job, state_dir)
         self.files: list = []

@@ -110,6 +110,8 @@ def world(monkeypatch, clock, tmp_path):
             self.close()
 
         def stats(self):
+            if "stats" in world.refuse:
+                raise world.refuse["stats"]
             counts = {**dict.fromkeys(_STATS_COUNTS, 0), "pages": 32768, "pages_missing": world.missing, "remaining_us": None}
             return {**counts, "role": world.role, "state": world.state, "reason": world.reason, "rounds": 1, "wait_hist": [0] * 32, "read_hist": [0] * 32}
 
@@ -346,6 +348,14 @@ def test_a_connection_that_ends_before_the_vm_has_arrived_ends_the_attempt(world
     with pytest.raises(MigrationError, match="before the VM had arrived: the connection was lost"):
         side._look()
     side._clean_up()
+    assert f"unlink {BLOCK['path']}" in world.told
+
+
+def test_a_file_that_can_not_be_asked_any_more_is_told_in_the_record(world, tmp_path):
+    side = incoming(tmp_path)
+    world.refuse["stats"] = RemoteRamError("stats: no such device", errno.ENODEV)
+    side.run()
+    assert side.data["result"] == "failed" and "no such device" in side.data["reason"]
     assert f"unlink {BLOCK['path']}" in world.told
 
 
