@@ -16,7 +16,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -25,6 +24,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(HERE / "lab"), str(HERE / "kmod")]
 
 import playbook
+import ready
 
 import guests as lab_guests
 import hosts as kmod_hosts
@@ -231,13 +231,8 @@ def main() -> int:
     OUT.mkdir(parents=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")
     try:
-        lab.up()
-        if playbook.run(lab, str(HERE / "lab" / "prepare.yml"), OUT, quiet=True):
-            raise LabError(f"the hypervisors could not be prepared; see {OUT / 'playbook.log'}")
-        lab_guests.Guests(lab).destroy()
-        # A program of its own: its modules have names that ours have too.
-        if subprocess.run([sys.executable, str(HERE / "kmod" / "install.py"), args.transport], check=False).returncode:
-            raise LabError("the kernel module could not be installed")
+        ready.hypervisors(lab, OUT)
+        ready.module(args.transport)
         soak = Soak(lab, args.output, args.count)
         soak.run()
         wrong = soak.verdict()

@@ -13,7 +13,6 @@ import json
 import pathlib
 import platform
 import signal
-import subprocess
 import sys
 import time
 
@@ -22,6 +21,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE)]
 
 import playbook
+import ready
 
 import guests as lab_guests
 import lab as lab_module
@@ -132,13 +132,8 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")
     try:
-        lab.up()
-        if playbook.run(lab, str(HERE.parent / "lab" / "prepare.yml"), OUT, quiet=True):
-            raise LabError(f"the hypervisors could not be prepared; see {OUT / 'playbook.log'}")
-        lab_guests.Guests(lab).destroy()
-        # A program of its own: its modules have names that ours have too.
-        if subprocess.run([sys.executable, str(HERE.parent / "kmod" / "install.py"), args.transport], check=False).returncode:
-            raise LabError("the kernel module could not be installed")
+        ready.hypervisors(lab, OUT)
+        ready.module(args.transport)
         found = run(lab, args)
     except LabError as err:
         print(f"bench: {err}", file=sys.stderr)

@@ -12,7 +12,6 @@ import json
 import pathlib
 import platform
 import signal
-import subprocess
 import sys
 import time
 
@@ -21,6 +20,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE)]
 
 import playbook
+import ready
 
 import engines_page
 import eviction
@@ -64,11 +64,7 @@ class Setting:
     def install(self, transport: str | None) -> None:
         if transport and transport != self.transport:
             self.clear()  # the module can't be replaced while a guest's memory is there
-            done = subprocess.run(
-                [sys.executable, str(ROOT / "tests" / "kmod" / "install.py"), transport], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise LabError(f"the module could not be put on the hosts: {(done.stderr or done.stdout).strip()[-600:]}")
+            ready.module(transport)
             self.transport = transport
 
     def prepare(self, guest: lab_guests.Guest, transport: str | None) -> None:
@@ -194,10 +190,7 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")
     try:
-        lab.up()
-        if playbook.run(lab, str(HERE.parent / "lab" / "prepare.yml"), OUT, quiet=True):
-            raise LabError(f"the hypervisors could not be prepared; see {OUT / 'playbook.log'}")
-        lab_guests.Guests(lab).destroy()
+        ready.hypervisors(lab, OUT)
         results, setting = Results(args.output, lab.state["accelerator"]), Setting(lab, OUT)
         try:
             if "engines" in args.figures:

@@ -29,7 +29,7 @@ def setting(engines, monkeypatch, tmp_path):
         return types.SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(engines.lab_guests, "Guests", Guests)
-    monkeypatch.setattr(engines.subprocess, "run", run)
+    monkeypatch.setattr(engines.ready.subprocess, "run", run)
     made = engines.Setting(None, tmp_path)
     made.done = done
     return made
