@@ -7,8 +7,6 @@ from __future__ import annotations
 import builtins
 
 import pytest
-from ansible.module_utils import basic
-from ansible.module_utils.testing import patch_module_args
 from ansible_collections.hecaton.fleet.plugins.module_utils import _rdma_host
 from ansible_collections.hecaton.fleet.plugins.modules import rdma_info
 
@@ -20,19 +18,9 @@ def device(name, driver, netdev, soft=True):
     return {"name": name, "driver": driver, "soft": soft, "transport": "iwarp", "node_guid": "0", "firmware": None, "ports": [{**PORT, "netdev": netdev}]}
 
 
-class Ended(Exception):
-    pass
-
-
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, outcome):
     """Runs the module and returns its result; what fails has ``failed`` set."""
-
-    def ends(failed):
-        def end(self, **result):
-            raise Ended({**result, "failed": failed})
-
-        return end
 
     interfaces = {
         "mig0": {"up": True, "mtu": 9000, "driver": "virtio_net", "type": None},
@@ -42,13 +30,9 @@ def run(monkeypatch):
     monkeypatch.setattr(_rdma_host, "devices", lambda: [device("siw_mig0", "siw", "mig0"), device("mlx5_0", "mlx5_core", "ens1", soft=False)])
     monkeypatch.setattr(_rdma_host, "driver_state", lambda kind: "loaded")
     monkeypatch.setattr(_rdma_host, "siw_source", lambda kernel: None)
-    monkeypatch.setattr(basic.AnsibleModule, "exit_json", ends(False))
-    monkeypatch.setattr(basic.AnsibleModule, "fail_json", ends(True))
 
     def run(**args):
-        with patch_module_args(args), pytest.raises(Ended) as raised:
-            rdma_info.main()
-        return raised.value.args[0]
+        return outcome(rdma_info.main, args)
 
     return run
 

@@ -8,8 +8,6 @@ import json
 import subprocess
 
 import pytest
-from ansible.module_utils import basic
-from ansible.module_utils.testing import patch_module_args
 from ansible_collections.hecaton.fleet.plugins.module_utils import _rdma_host
 from ansible_collections.hecaton.fleet.plugins.modules import rdma_link
 
@@ -58,27 +56,10 @@ def host(tmp_path, monkeypatch):
     return host
 
 
-class Ended(Exception):
-    pass
-
-
 @pytest.fixture
-def run(host, monkeypatch):
-    """Runs the module and returns its result; what fails has ``failed`` set."""
-
-    def ends(failed):
-        def end(self, **result):
-            raise Ended({**result, "failed": failed})
-
-        return end
-
-    monkeypatch.setattr(basic.AnsibleModule, "exit_json", ends(False))
-    monkeypatch.setattr(basic.AnsibleModule, "fail_json", ends(True))
-
+def run(host, outcome):
     def run(check=False, **args):
-        with patch_module_args({**args, "_ansible_check_mode": check}), pytest.raises(Ended) as raised:
-            rdma_link.main()
-        return raised.value.args[0]
+        return outcome(rdma_link.main, {**args, "_ansible_check_mode": check})
 
     return run
 
