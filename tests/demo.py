@@ -23,6 +23,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(HERE / "lab")]
 
 import playbook
+import ready
 
 import guests as lab_guests
 import lab as lab_module
@@ -79,7 +80,7 @@ def prepare(lab) -> None:
     """Makes the hosts what an operator makes them: QEMU as units, an RDMA device, remote_ram."""
     lab_guests.Guests(lab).destroy()
     lab_module.each(lambda host: lab.ssh(host, "sh", stdin=UNLOAD), lab_module.HOSTS)
-    for name, variables in ((str(HERE / "lab" / "prepare.yml"), None), ("hecaton.fleet.prepare", {"rdma_transport": TRANSPORT})):
+    for name, variables in ((str(HERE / "lab" / "prepare.yml"), None), ("hecaton.fleet.prepare", {"rdma_transport": TRANSPORT, **ready.archives()})):
         if playbook.run(lab, name, OUT, variables):
             raise LabError("the hypervisors could not be prepared")
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -27,10 +28,23 @@ def hypervisors(lab, folder: pathlib.Path) -> None:
     lab_guests.Guests(lab).destroy()
 
 
+def archives() -> dict:
+    """Variables for the play prepare, so that emulated hosts need not compile: siw and remote_ram, compiled here for their kernel.
+
+    Where they don't fit, as after an update of the distribution's source, the hosts compile after all, and say why.
+    """
+    return json.loads(_kmod("build.py", "archives").splitlines()[-1])
+
+
 def module(transport: str) -> None:
     """Puts the kernel module on the hosts, with an RDMA device of this transport."""
-    # A program of its own: its modules have names that those of its callers have too.
-    command = [sys.executable, str(TESTS / "kmod" / "install.py"), transport]
+    _kmod("install.py", transport)
+
+
+def _kmod(program: str, *arguments: str) -> str:
+    """What a program of tests/kmod prints. It is one of its own: its modules have names that those of its callers have too."""
+    command = [sys.executable, str(TESTS / "kmod" / program), *arguments]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LabError(f"the module could not be put on the hosts: {(done.stderr or done.stdout).strip()[-600:]}")
+        raise LabError(f"{program} in tests/kmod failed: {(done.stderr or done.stdout).strip()[-600:]}")
+    return done.stdout

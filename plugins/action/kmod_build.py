@@ -47,6 +47,8 @@ class ActionModule(ActionBase):
         try:
             if args.get("state", "present") == "present" and args.get("src") and not boolean(args.get("remote_src", False)):
                 args["src"] = self._send(args)
+            if args.get("state", "present") == "present" and args.get("built"):
+                args["built"] = self._send_built(args["built"])
             result.update(self._execute_module(module_name="hecaton.fleet.kmod_build", module_args=args, task_vars=task_vars or {}))
         finally:
             self._remove_tmp_path(self._connection._shell.tmpdir)
@@ -64,7 +66,23 @@ class ActionModule(ActionBase):
         else:
             with open(source, "rb") as stream:
                 content = stream.read()
-        remote = self._connection._shell.join_path(self._make_tmp_path(), "source.tar")
+        return self._put(content, "source.tar")
+
+    def _send_built(self, paths: str | list) -> list:
+        sent = []
+        for number, path in enumerate(paths.split(",") if isinstance(paths, str) else paths):
+            try:
+                with open(self._find_needle("files", path), "rb") as stream:
+                    sent.append(self._put(stream.read(), f"built{number}.tar"))
+            except (AnsibleError, OSError) as err:
+                raise AnsibleActionFail(f"{path} in built can't be found or read on the control node: {err}") from err
+        return sent
+
+    def _put(self, content: bytes, name: str) -> str:
+        """Writes a file on the host, beside what this task has there."""
+        if not self._connection._shell.tmpdir:
+            self._make_tmp_path()
+        remote = self._connection._shell.join_path(self._connection._shell.tmpdir, name)
         with tempfile.NamedTemporaryFile(prefix="hecaton-kmod-") as local:
             local.write(content)
             local.flush()

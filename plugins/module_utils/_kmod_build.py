@@ -3,8 +3,8 @@
 # Private to this collection: it may change in any release.
 """Builds a kernel module and installs it, with DKMS or with plain Kbuild.
 
-Each way is a class with the same methods: ``installed`` says what is there, ``build`` makes a module beside what is there,
-``install`` puts it in place, ``forget`` drops a build that failed, ``remove`` leaves nothing behind.
+Each way is a class with the same methods: ``installed`` says what is there, ``build`` makes a module beside what is there
+(of its source, or of modules that were built before), ``install`` puts it in place, ``forget`` drops a build that failed, ``remove`` leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -124,6 +124,25 @@ def write_source(files: dict, folder: str) -> None:
         os.chmod(full, 0o755 if executable else 0o644)
 
 
+def write_modules(modules: dict, folder: str) -> list[str]:
+    """Writes modules, ``{name: content}``, and returns their paths."""
+    paths = []
+    for name, content in modules.items():
+        paths.append(os.path.join(folder, f"{name}.ko"))
+        with open(paths[-1], "wb") as out:
+            out.write(content)
+    return paths
+
+
+def plain(path: str) -> bytes:
+    """A module's content, unpacked, without a signature and without what a debugger wants."""
+    with tempfile.TemporaryDirectory(prefix="hecaton-kmod-") as folder:
+        (copy,) = write_modules({"module": _kmod_host.read_module(path)}, folder)
+        # Makes the file anew, of what is in its sections; a signature is behind them.
+        run("strip", "--strip-debug", copy)
+        return _kmod_host.read_module(copy)
+
+
 # ---- what both ways do
 
 
@@ -182,7 +201,7 @@ class Dkms(Builder):
             with open(path, "w") as out:
                 out.write(text)
 
-    def build(self, files: dict, source: str, kernel: str) -> dict:
+    def build(self, files: dict, source: str, kernel: str, before: dict | None = None) -> dict:
         version = self.version(source)
         given = files["dkms.conf"][1].decode(errors="replace") if "dkms.conf" in files else None
         self.refuse_kernel(given, kernel)
@@ -197,10 +216,15 @@ class Dkms(Builder):
         elif any(row["kernel"] == kernel for row in rows):
             # In place but not as it should be: made anew.
             run("dkms", "unbuild", "-m", self.name, "-v", version, "-k", kernel)
-        return self._build(version, kernel)
+        if not before:
+            return self._build(version, kernel)
+        with tempfile.TemporaryDirectory(prefix=f"hecaton-{self.name}-") as folder:
+            copies = [_kmod.shell_quote(path) for path in write_modules(before, folder)]
+            # In place of the compiler, this once. All else is as with a build: DKMS signs, packs and installs, and later kernels are built for.
+            return self._build(version, kernel, f"--directive=MAKE=cp {' '.join(copies)} .", "--directive=CLEAN=true")
 
-    def _build(self, version: str, kernel: str) -> dict:
-        done = run("dkms", "build", "-m", self.name, "-v", version, "-k", kernel, check=False)
+    def _build(self, version: str, kernel: str, *directives: str) -> dict:
+        done = run("dkms", "build", "-m", self.name, "-v", version, "-k", kernel, *directives, check=False)
         if done.returncode:
             log = _kmod_host.read_text(os.path.join(DKMS_STATE, self.name, version, "build", "make.log")) or done.stdout + done.stderr
             raise BuildError(f"{self.name} {version} could not be built for kernel {kernel} (dkms build ended with {done.returncode})", _kmod.tail(log))
@@ -263,6 +287,8 @@ class Kbuild(Builder):
     """The kernel's own build system. A kernel that is installed later has to be built for by running the module again."""
 
     method = "kbuild"
+    #: The end of what the compiler wrote.
+    log = ""
 
     def folder(self, kernel: str) -> str:
         return os.path.join(MODULES, kernel, "updates", "hecaton", self.name)
@@ -283,22 +309,21 @@ class Kbuild(Builder):
                 lines.append(f"{module} {hashlib.sha256(stream.read()).hexdigest()}")
         return "\n".join(lines) + "\n"
 
-    def build(self, files: dict, source: str, kernel: str) -> dict:
+    def build(self, files: dict, source: str, kernel: str, before: dict | None = None) -> dict:
         given = files["dkms.conf"][1].decode(errors="replace") if "dkms.conf" in files else None
         self.refuse_kernel(given, kernel)
         headers = _kmod_host.headers(kernel)
         self.work = tempfile.mkdtemp(prefix=f"hecaton-{self.name}-")
-        write_source(files, self.work)
-        done = run("make", "-C", headers, f"M={self.work}", f"-j{os.cpu_count() or 1}", *self.wanted["make_args"], "modules", check=False)
-        log = done.stdout + done.stderr
-        if done.returncode:
-            raise BuildError(f"{self.name} could not be built for kernel {kernel} (make ended with {done.returncode})", _kmod.tail(log))
+        if before:
+            write_modules(before, self.work)
+        else:
+            self._make(files, headers, kernel)
         built = {}
         for root, folders, names in os.walk(self.work):
             built.update({name[:-3]: os.path.join(root, name) for name in names if name.endswith(".ko")})
         missing = [module for module in self.wanted["modules"] if module not in built]
         if missing:
-            raise BuildError(f"the build of {self.name} made no {', '.join(missing)}.ko, but {', '.join(sorted(built)) or 'nothing'}", _kmod.tail(log))
+            raise BuildError(f"the build of {self.name} made no {', '.join(missing)}.ko, but {', '.join(sorted(built)) or 'nothing'}", self.log)
         built = {module: built[module] for module in self.wanted["modules"]}
         for path in built.values():
             run("strip", "--strip-debug", path)
@@ -308,6 +333,13 @@ class Kbuild(Builder):
                     raise KmodError(f"{signer} is missing, so {self.name} can't be signed; install the whole headers of kernel {kernel}")
                 run(signer, "sha256", self.wanted["sign_key"], self.wanted["sign_cert"], path)
         return built
+
+    def _make(self, files: dict, headers: str, kernel: str) -> None:
+        write_source(files, self.work)
+        done = run("make", "-C", headers, f"M={self.work}", f"-j{os.cpu_count() or 1}", *self.wanted["make_args"], "modules", check=False)
+        self.log = _kmod.tail(done.stdout + done.stderr)
+        if done.returncode:
+            raise BuildError(f"{self.name} could not be built for kernel {kernel} (make ended with {done.returncode})", self.log)
 
     def install(self, built: dict, source: str, kernel: str) -> list[str]:
         folder = self.folder(kernel)

@@ -93,6 +93,21 @@ options:
     type: str
     choices: [auto, dkms, kbuild]
     default: auto
+  archive:
+    description:
+      - Also write what is installed to this file on the host, a tar archive for the option O(built) of hosts with the same kernel.
+        It is unsigned, and has neither a key nor the source.
+      - It is left alone if it is of this source and this kernel already.
+    type: path
+  built:
+    description:
+      - Archives that this module wrote with O(archive) on another host. The first that is of this source and of O(kernel) is taken
+        instead of running the compiler. Without one that fits the module is built, and a warning says why.
+      - What is in it is checked, signed and installed like what was built here. With DKMS, later kernels are built for from source.
+      - They are looked for on the control node. Whoever can write them can put anything into the kernel of the host.
+    type: list
+    elements: path
+    default: []
   sign_key:
     description:
       - Private key, a file on the host, that the module is signed with for Secure Boot. Without it, DKMS signs with the key of its own.
@@ -128,6 +143,18 @@ EXAMPLES = r"""
     src: files/example
     sign_key: /var/lib/shim-signed/mok/MOK.priv
     sign_cert: /var/lib/shim-signed/mok/MOK.der
+
+- name: Build a module on one host, and keep what was built
+  hecaton.fleet.kmod_build:
+    name: example
+    src: files/example
+    archive: /root/example.tar.gz
+
+- name: Take it on hosts with the same kernel, after it was fetched to the control node
+  hecaton.fleet.kmod_build:
+    name: example
+    src: files/example
+    built: [files/example.tar.gz]
 
 - name: Remove it from all kernels
   hecaton.fleet.kmod_build:
@@ -182,6 +209,11 @@ modules:
       signer: DKMS module signing key
       symbols: 133
       confirmed: 128
+taken:
+  description: Whether it was taken from one of O(built) instead of being built.
+  returned: O(state=present) and not in check mode, unless nothing would change
+  type: bool
+  sample: false
 log:
   description: The end of what the compiler wrote.
   returned: when the build failed
@@ -194,7 +226,7 @@ import os
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod, _kmod_build, _kmod_host
+from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod, _kmod_archive, _kmod_build, _kmod_host
 from ansible_collections.hecaton.fleet.plugins.module_utils._kmod_host import KmodError
 
 RECORDS = "/var/lib/hecaton/kmod"
@@ -237,17 +269,19 @@ class KmodBuild:
         record = self.record()
         stamp = self.stamp()
         files = None
-        if stamp and record.get("archive") == stamp:
-            source, version = record["source"], record["version"]
+        if stamp and record.get("archive") == stamp and record.get("of"):
+            source, version, of = record["source"], record["version"], record["of"]
         else:
             files = self.files()
             source, version = self.identify(files)
+            of = _kmod_archive.manifest(self.name, files, self.params["make_args"], self.kernel)
         builder = self.builder(version)
         result = {"kernel": self.kernel, "method": builder.method, "version": _kmod.dkms_version(version, source)}
         found = builder.installed(source, self.kernel)
         facts = record.get("kernels", {}).get(self.kernel, {}).get(result["version"])
         if found and facts and [each["path"] for each in facts] == list(found.values()) and record.get("method") == builder.method:
-            return {"changed": False, "modules": facts, "diff": {"before": self.shown(result), "after": self.shown(result)}, **result}
+            packed = self.pack({**of, "kernel": self.kernel}, found)
+            return {"changed": packed, "modules": facts, "diff": {"before": self.shown(result), "after": self.shown(result)}, **result}
         before = record.get("kernels", {}).get(self.kernel, {})
         diff = {"before": "".join(f"{self.name} {each}, kernel {self.kernel}\n" for each in before), "after": self.shown(result)}
         _kmod_host.headers(self.kernel)
@@ -255,15 +289,40 @@ class KmodBuild:
             return {"changed": True, "diff": diff, **result}
         if files is None:
             files = self.files()
-        facts = self.build(builder, files, source)
+        of = {**of, "kernel": self.kernel}
+        ready = self.ready(of, builder.wanted["modules"])
+        facts = self.build(builder, files, source, ready)
         kernels = {kernel: versions for kernel, versions in record.get("kernels", {}).items() if kernel != self.kernel and result["version"] in versions}
-        self.save({"archive": stamp, "source": source, "version": version, "method": builder.method,
+        self.save({"archive": stamp, "source": source, "version": version, "of": of, "method": builder.method,
                    "kernels": {**kernels, self.kernel: {result["version"]: facts}}})  # fmt: skip
-        return {"changed": True, "modules": facts, "diff": diff, **result}
+        self.pack(of, {each["name"]: each["path"] for each in facts})
+        return {"changed": True, "modules": facts, "taken": bool(ready), "diff": diff, **result}
 
-    def build(self, builder: _kmod_build.Builder, files: dict, source: str) -> list[dict]:
+    def ready(self, of: dict, modules: list) -> dict | None:
+        """The modules, ``{name: content}``, that were built before; None if there are none that fit."""
+        found, reasons = _kmod_archive.fitting(self.params["built"], of, modules)
+        if not found and reasons:
+            self.module.warn(f"{self.name} is built on this host, for none of the archives in built fits: {'; '.join(reasons)}")
+        return found
+
+    def pack(self, of: dict, paths: dict) -> bool:
+        """Writes the archive that is asked for, if it is not there as it should be. Returns whether it was not."""
+        path = self.params["archive"]
+        if not path:
+            return False
+        if os.path.exists(path):
+            try:
+                if _kmod_archive.fitting([path], of, list(paths))[0]:
+                    return False
+            except KmodError:
+                pass  # no archive of ours, or a damaged one: written anew
+        if not self.module.check_mode:
+            _kmod_archive.write(path, of, {name: _kmod_build.plain(each) for name, each in paths.items()})
+        return True
+
+    def build(self, builder: _kmod_build.Builder, files: dict, source: str, ready: dict | None) -> list[dict]:
         try:
-            built = builder.build(files, source, self.kernel)
+            built = builder.build(files, source, self.kernel, ready)
             checks = {name: _kmod_host.check(path, self.kernel, name, [built[other] for other in built if other != name]) for name, path in built.items()}
         except BaseException:
             # What was in place before stays in place.
@@ -366,6 +425,8 @@ def main():
             "modules": {"type": "list", "elements": "str"},
             "make_args": {"type": "list", "elements": "str", "default": []},
             "method": {"type": "str", "choices": ["auto", "dkms", "kbuild"], "default": "auto"},
+            "archive": {"type": "path"},
+            "built": {"type": "list", "elements": "path", "default": []},
             "sign_key": {"type": "path", "no_log": False},
             "sign_cert": {"type": "path"},
         },

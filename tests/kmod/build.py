@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Compiles the kernel module, siw and the test programs for the lab's hosts, natively: python3 build.py [sparse | checkpatch]
+"""Compiles the kernel module, siw and the test programs for the lab's hosts, natively: python3 build.py [archives | sparse | checkpatch]
 
 The compiler lives in a small Debian with the headers of the lab hosts' kernel, made once and kept in the lab's cache.
 What is compiled is cached too, by the content of its sources.
@@ -8,6 +8,7 @@ What is compiled is cached too, by the content of its sources.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
@@ -27,6 +28,9 @@ KMOD = REPO / "kmod-src"
 SIW = "drivers/infiniband/sw/siw"
 #: What the role changes in siw.
 SIW_PATCHES = sorted((REPO / "roles" / "rdma" / "files").glob("siw-*.patch"))
+#: How the roles have both modules made; what is made otherwise they don't take.
+SIW_ARGS = ["CONFIG_RDMA_SIW=m", "CONFIG_DEBUG_INFO_BTF_MODULES="]
+EXCLUDE = ["tests", "README.md"]
 #: Test programs of this folder; those of kmod-src/tests come by its Makefile.
 PROGRAMS = ("ram.c",)
 #: Besides the headers: what compiles modules and programs, checks sources, and the source of siw and checkpatch.
@@ -158,6 +162,28 @@ def built() -> pathlib.Path:
     return image.entry("kmod", image.digest(root.name, siw.name, *sources(), *programs()), build)
 
 
+def archives() -> dict:
+    """Archives of siw and remote_ram for the roles, by role variable: emulated hosts would compile for minutes.
+
+    The collection has to be installed in build/collections.
+    """
+    sys.path.insert(0, str(REPO / "build" / "collections"))
+    from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod_archive, _kmod_build
+
+    root, release, compiled = tree(), kernel(), built()
+
+    def build(folder):
+        siw = _kmod_build.read_source(str(root / "usr" / "src" / "wanted" / SIW), None, [])
+        siw, _there = _kmod_build.patched(siw, [path.read_text() for path in SIW_PATCHES])
+        for name, files, make_args in (("siw", siw, SIW_ARGS), ("remote_ram", _kmod_build.read_source(str(KMOD), None, EXCLUDE), [])):
+            what = _kmod_archive.manifest(name, files, make_args, release)
+            _kmod_archive.write(str(folder / f"{name}.tar.gz"), what, {name: (compiled / f"{name}.ko").read_bytes()})
+
+    code = [pathlib.Path(module.__file__) for module in (_kmod_archive, _kmod_build)]
+    folder = image.entry("kmodarchives", image.digest(compiled.name, root.name, pathlib.Path(__file__), *code, KMOD, *SIW_PATCHES), build)
+    return {"rdma_siw_built": [str(folder / "siw.tar.gz")], "remote_ram_built": [str(folder / "remote_ram.tar.gz")]}
+
+
 def check(how: str) -> str:
     """What sparse, or checkpatch, says of the module's sources; nothing if they are clean."""
     root, release = tree(), kernel()
@@ -179,6 +205,9 @@ def main(arguments: list) -> int:
     try:
         if not arguments:
             print(built())
+            return 0
+        if arguments == ["archives"]:
+            print(json.dumps(archives()))
             return 0
         found = [text for text in map(check, arguments) if text.strip()]
         print("\n".join(found), end="")

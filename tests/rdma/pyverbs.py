@@ -20,6 +20,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE.parent / "kmod")]
 
 import playbook
+import ready
 
 import build
 import image
@@ -120,7 +121,7 @@ def run_file(lab, device: str, name: str) -> tuple[dict, str | None, str]:
 
 def run(lab, transport: str, files: list) -> list:
     """Runs the suite. :returns: what is wrong with its results, a sentence each."""
-    if playbook.run(lab, str(HERE / "device.yml"), OUT, {"rdma_transport": transport}):
+    if playbook.run(lab, str(HERE / "device.yml"), OUT, {"rdma_transport": transport, **ready.archives()}):
         raise LabError(f"the role rdma did not set {transport} up")
     device = lab.ssh(HOST, "ls /sys/class/infiniband").stdout.split()
     if len(device) != 1:

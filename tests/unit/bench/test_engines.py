@@ -26,7 +26,7 @@ def setting(engines, monkeypatch, tmp_path):
 
     def run(command, **_options):
         done.append(f"install {command[-1]}")
-        return types.SimpleNamespace(returncode=0)
+        return types.SimpleNamespace(returncode=0, stdout="")
 
     monkeypatch.setattr(engines.lab_guests, "Guests", Guests)
     monkeypatch.setattr(engines.ready.subprocess, "run", run)

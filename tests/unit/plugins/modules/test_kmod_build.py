@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -12,7 +13,7 @@ import pytest
 from ansible.module_utils import basic
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.hecaton.fleet.plugins.action.kmod_build import pack
-from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod_build, _kmod_host
+from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod_archive, _kmod_build, _kmod_host
 from ansible_collections.hecaton.fleet.plugins.modules import kmod_build
 
 KERNEL = "6.12.1-test"
@@ -251,6 +252,91 @@ def test_an_archive_that_is_known_is_not_read_again(run, host, monkeypatch):
     run(**args)
     monkeypatch.setattr(_kmod_build, "read_source", None)
     assert not run(**args)["changed"]
+
+
+def test_what_was_built_on_one_host_is_taken_by_another(run, host):
+    archive = host / "built.tar.gz"
+    first = run(archive=str(archive))
+    assert first["taken"] is False
+    run(state="absent")
+    taken = run(built=[str(archive)])
+    assert taken["taken"] and builds(host) == 1 and taken["version"] == first["version"]
+    assert open(taken["modules"][0]["path"]).read() == "one\n"
+    assert not run(built=[str(archive)])["changed"]
+
+
+def test_an_archive_is_written_of_what_is_installed_when_it_is_not_there(run, host):
+    archive = host / "built.tar.gz"
+    run()
+    assert run(archive=str(archive), _ansible_check_mode=True)["changed"] and not archive.exists()
+    for content in (None, b"damaged"):
+        if content:
+            archive.write_bytes(content)
+        assert run(archive=str(archive))["changed"]
+        assert not run(archive=str(archive))["changed"]
+    assert builds(host) == 1
+    (host / "source" / "example.c").write_text("two\n")
+    run(archive=str(archive))
+    run(state="absent")
+    assert run(built=[str(archive)])["taken"] and builds(host) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "other"}, "it is of other, not of example"),
+        ({"kernel": "6.1"}, "it is for kernel 6.1, not 6.12.1-test"),
+        ({"source": "0"}, "it was built from another source"),
+        ({"modules": {}}, "it has no example"),
+    ],
+)
+def test_an_archive_that_does_not_fit_is_not_taken_and_it_is_said_why(run, host, change, said, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(basic.AnsibleModule, "warn", lambda self, text: warnings.append(text))
+    archive = str(host / "built.tar.gz")
+    run(archive=archive)
+    run(state="absent")
+    what, modules = _kmod_archive.read(archive)
+    hashes = change.get("modules", what["modules"])
+    _kmod_archive.write(archive, {**what, **change}, {name: modules[name] for name in hashes})
+    result = run(built=[archive])
+    assert result["taken"] is False and builds(host) == 2
+    assert [said in text for text in warnings] == [True]
+
+
+@pytest.mark.parametrize("damage", ["text", "short", "module", "manifest"])
+def test_an_archive_that_is_damaged_is_an_error(run, host, damage):
+    archive = host / "built.tar.gz"
+    run(archive=str(archive))
+    run(state="absent")
+    if damage == "text":
+        archive.write_text("nothing")
+    elif damage == "short":
+        archive.write_bytes(archive.read_bytes()[:-30])
+    else:
+        with tarfile.open(archive) as whole:
+            parts = {member.name: whole.extractfile(member).read() for member in whole}
+        name = "example.ko" if damage == "module" else "manifest.json"
+        parts[name] = b"another\n" if damage == "module" else b"[]"
+        with tarfile.open(archive, "w:gz") as out:
+            for name, content in parts.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                out.addfile(member, io.BytesIO(content))
+    result = run(built=[str(archive)])
+    assert result["failed"] and ("is damaged" if damage == "module" else "is no archive of kernel modules") in result["msg"]
+    assert builds(host) == 1
+
+
+def test_what_is_taken_is_checked_like_what_is_built(run, host):
+    archive = str(host / "built.tar.gz")
+    run(archive=archive)
+    run(state="absent")
+    what = _kmod_archive.read(archive)[0]
+    _kmod_archive.write(archive, what, {"example": b"other\n"})
+    result = run(built=[archive])
+    assert result["failed"] and "6.12.0-other" in result["msg"]
+    assert run(state="absent")["changed"] is False
 
 
 def test_the_archive_that_is_sent_holds_the_source_alone(host):
