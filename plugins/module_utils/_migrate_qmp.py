@@ -342,9 +342,17 @@ class Incoming:
         """Whether the VM that runs here has all it needs."""
         return True
 
-    def _came_and_went(self) -> bool:
-        """Whether the VM was here before its QEMU ended, although that was not seen."""
-        return False
+    def _came_and_went(self, qmp: QmpClient) -> bool:
+        """Whether the VM ran here before its QEMU ended, although it was never asked meanwhile: then QEMU said so by itself."""
+        try:
+            if all(event.get("event") != "RESUME" for event in qmp.events()):
+                return False
+        except QmpError:
+            return False
+        # If the source did not hear of it, the VM goes on there: it must not start with this host.
+        self.job["enabled"] = False
+        self._settle("completed")
+        return True
 
     def _left(self) -> str:
         """What there still is of a VM whose QEMU ended here, for the message."""
@@ -409,7 +417,7 @@ class Incoming:
                 status = qmp.execute("query-migrate").get("status", "none")
                 running = qmp.execute("query-status")["status"]
             except QmpError as err:
-                if not self.arrived and not self._came_and_went():
+                if not self.arrived and not self._came_and_went(qmp):
                     raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
                 qmp.close()
                 qmp = self._ask_again(err)

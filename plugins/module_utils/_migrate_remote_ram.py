@@ -441,7 +441,7 @@ class Incoming(_migrate_qmp.Incoming):
                     f"{entry['pages_lost']} pages of {self.name} are lost ({entry['reason']}); the guest gets a machine check when it touches one of them"
                 )
 
-    def _came_and_went(self) -> bool:
+    def _came_and_went(self, qmp) -> bool:
         # A QEMU that can't load the VM ends by itself, and the source takes the RAM back. One that was killed may have run the VM.
         _migrate_qmp.systemctl("stop", vm_unit(self.name), check=False)
         result = _migrate_qmp.systemctl("show", "--property=Result", "--value", vm_unit(self.name), check=False)

@@ -94,7 +94,10 @@ class QmpClient:
                 return reply["return"]
 
     def events(self, wait: float = 0.0) -> list[dict]:
-        """Events received since the last call; waits up to ``wait`` seconds for a first one."""
+        """Events received since the last call; waits up to ``wait`` seconds for a first one.
+
+        :raises QmpError: the connection was lost, and there was no event left to return.
+        """
         deadline = time.monotonic() + wait
         while True:
             line = self._line()
@@ -104,7 +107,12 @@ class QmpClient:
             left = 0.0 if self._events else max(0.0, deadline - time.monotonic())
             if not select.select([self._socket], [], [], left)[0]:
                 break
-            self._fill()
+            try:
+                self._fill()
+            except QmpError:
+                if not self._events:
+                    raise
+                break
         events, self._events = self._events, []
         return events
 

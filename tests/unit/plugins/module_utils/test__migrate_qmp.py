@@ -53,6 +53,7 @@ class Host:
         self.on = {}
         self.alive = True
         self.listens = True
+        self.events = []
         self.systemctl = []
         self.ports = {}  # what is wrong with a port
 
@@ -93,6 +94,11 @@ def host(monkeypatch, clock, tmp_path):
 
         def close(self):
             pass
+
+        def events(self):
+            if not (host.alive or host.events):
+                raise QmpError("lost QEMU", "ConnectionError")
+            return [{"event": event} for event in host.events]
 
         def execute(self, command, arguments=None):
             if not host.alive:
@@ -581,6 +587,18 @@ def test_a_qemu_that_ends_after_arrival_is_reported_and_not_cleaned_up(host, tmp
     record = incoming_record(tmp_path)
     assert record["result"] == "failed" and "after the VM had switched to it" in record["reason"]
     assert not stopped(host) and pathlib.Path(_migrate_qmp.config_path("web1")).exists()
+
+
+@pytest.mark.parametrize(("events", "ran"), [(["RESUME"], True), (["MIGRATION", "RESUME", "GUEST_PANICKED"], True), (["MIGRATION"], False), ([], False)])
+def test_a_qemu_that_ends_as_soon_as_the_vm_runs_had_it(host, tmp_path, events, ran):
+    """The source has forgotten the VM then: if this host cleaned up, no host knew it any more."""
+    arrives(host, (1, "active"), (0, "gone"))
+    host.events = events
+    incoming(tmp_path, enabled=True).run()
+    record = incoming_record(tmp_path)
+    assert record["result"] == "failed" and ("after the VM had switched to it" in record["reason"]) is ran
+    assert pathlib.Path(_migrate_qmp.config_path("web1")).exists() is ran and stopped(host) is not ran
+    assert ("enable", UNIT) not in host.systemctl
 
 
 def test_a_busy_port_makes_it_try_the_next(host, tmp_path):

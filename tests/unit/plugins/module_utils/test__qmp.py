@@ -120,6 +120,20 @@ def test_events_between_answers_are_kept_in_order(serve):
         assert client.events() == []
 
 
+def test_events_are_there_when_the_connection_is_lost_after_them(serve):
+    def answer(request, send):
+        send({"event": "RESUME", "timestamp": {}})
+        return "hang up"
+
+    with QmpClient(serve(answer).path, 5) as client:
+        with pytest.raises(QmpError):
+            client.execute("a")
+        assert [event["event"] for event in client.events()] == ["RESUME"]
+        with pytest.raises(QmpError) as caught:
+            client.events()
+        assert caught.value.kind == "ConnectionError"
+
+
 def test_waiting_for_an_event_ends_without_one(serve):
     with QmpClient(serve().path, 5) as client:
         begun = time.monotonic()
