@@ -135,34 +135,38 @@ def users(resources: dict, name: str) -> list[str]:
 # ---- which transport
 
 
-def no_hardware(netdev: str, found: list, card: str | None, loaded: bool) -> str:
+def no_hardware(netdev: str, found: list, kernel: str, card: str | None, state: str | None) -> str:
     """Why a network interface has no RDMA hardware.
 
     :param card: the driver of the interface.
-    :param loaded: whether the RDMA driver that belongs to it is loaded.
+    :param state: the RDMA driver that belongs to it is ``loaded``, ``available`` or ``missing``.
     """
     real = [f"{device['name']} on {', '.join(port['netdev'] or '?' for port in device['ports'])}" for device in found if not device["soft"]]
     only = f", only {'; '.join(real)}" if real else ""
     if card not in HARDWARE:
         return f"{netdev} has no RDMA hardware{only}"
-    if not loaded:
-        return f"{netdev}, a card of the driver {card}, has no RDMA device{only}: its RDMA driver {HARDWARE[card]} is not loaded"
+    if state != "loaded":
+        why = f"its RDMA driver {HARDWARE[card]} is not loaded" if state == "available" else f"kernel {kernel} has no {HARDWARE[card]}, its RDMA driver"
+        return f"{netdev}, a card of the driver {card}, has no RDMA device{only}: {why}"
     return f"{netdev}, a card of the driver {card}, has no RDMA device{only}, although {HARDWARE[card]} is loaded: {SWITCHED_OFF[card]}; see the kernel's log"
 
 
-def choose(wanted: str, netdev: str, found: list, drivers: dict, source: str | None, kernel: str, card: str | None = None, loaded: bool = False) -> dict:
+def choose(
+    wanted: str, netdev: str, found: list, drivers: dict, source: str | None, kernel: str, card: str | None = None, state: str | None = None
+) -> dict:  # fmt: skip
     """The transport that a network interface takes.
 
     :param wanted: ``auto``, ``hw``, ``siw`` or ``rxe``.
     :param found: what :func:`devices` returns.
     :param drivers: ``{siw: loaded | available | missing, rxe: ...}``.
     :param source: a source that siw can be built from, None without one.
-    :param card: the driver of the interface, and ``loaded`` whether the RDMA driver that belongs to it is.
+    :param card: the driver of the interface.
+    :param state: the RDMA driver that belongs to it is ``loaded``, ``available`` or ``missing``.
     :returns: ``transport``, ``why``, ``device`` (None until it is made) and ``build`` (what siw has to be built from, else None).
     :raises RdmaError: there is none.
     """
     hardware = [device for device in on_netdev(found, netdev) if not device["soft"]]
-    refused = {"hw": None if hardware else no_hardware(netdev, found, card, loaded)}
+    refused = {"hw": None if hardware else no_hardware(netdev, found, kernel, card, state)}
     built = drivers["siw"] == "missing" and bool(source)
     refused["siw"] = None if built or drivers["siw"] != "missing" else (
         f"kernel {kernel} has no driver siw, and there is no source to build it from (Debian's package is linux-source-{series(kernel)})")

@@ -92,7 +92,11 @@ def loaded(module: str) -> bool:
 
 def driver_state(kind: str) -> str:
     """Whether the driver of a soft device is ``loaded``, ``available`` or ``missing``."""
-    module = _rdma.SOFT[kind][0]
+    return module_state(_rdma.SOFT[kind][0])
+
+
+def module_state(module: str) -> str:
+    """Whether a kernel module is ``loaded``, ``available`` or ``missing``."""
     if loaded(module):
         return "loaded"
     return "available" if run("modinfo", "-F", "filename", module, check=False).returncode == 0 else "missing"

@@ -172,6 +172,11 @@ hardware_module:
   returned: O(netdev) is given
   type: str
   sample: mlx5_ib
+hardware_driver:
+  description: That kernel module is V(loaded), V(available) or V(missing); null if there is no such module.
+  returned: O(netdev) is given
+  type: str
+  sample: available
 kernel:
   description: Release of the running kernel.
   returned: success
@@ -216,9 +221,9 @@ class RdmaInfo:
                 raise problem
             card = interfaces[netdev]["driver"]
             result["hardware_module"] = needed = _rdma.HARDWARE.get(card)
+            result["hardware_driver"] = state = _rdma_host.module_state(needed) if needed else None
             if self.params["transport"]:
-                loaded = bool(needed) and _rdma_host.loaded(needed)
-                result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel, card, loaded)
+                result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel, card, state)
             found = _rdma.on_netdev(found, netdev)
         for device in found:
             for port in device["ports"]:

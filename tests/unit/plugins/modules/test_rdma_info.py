@@ -29,6 +29,7 @@ def run(monkeypatch, outcome):
     monkeypatch.setattr(_rdma_host, "interfaces", lambda: interfaces)
     monkeypatch.setattr(_rdma_host, "devices", lambda: [device("siw_mig0", "siw", "mig0"), device("mlx5_0", "mlx5_core", "ens1", soft=False)])
     monkeypatch.setattr(_rdma_host, "driver_state", lambda kind: "loaded")
+    monkeypatch.setattr(_rdma_host, "module_state", lambda module: "available")
     monkeypatch.setattr(_rdma_host, "siw_source", lambda kernel: None)
 
     def run(**args):
@@ -53,14 +54,14 @@ def test_an_interface_that_is_down_can_be_looked_at_and_takes_no_transport(run):
     assert run(netdev="mig0", transport="auto", limits=False)["choice"]["transport"] == "siw"
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-def test_a_card_whose_driver_made_no_device_is_told(run, monkeypatch, loaded):
+@pytest.mark.parametrize(("state", "said"), [("missing", "has no bnxt_re"), ("available", "bnxt_re is not loaded"), ("loaded", "support_rdma")])
+def test_a_card_whose_driver_made_no_device_is_told(run, monkeypatch, state, said):
     monkeypatch.setattr(_rdma_host, "devices", lambda: [])
     monkeypatch.setattr(_rdma_host, "interfaces", lambda: {"ens1": {"up": True, "mtu": 1500, "driver": "bnxt_en", "type": None}})
-    monkeypatch.setattr(_rdma_host, "loaded", lambda module: loaded and module == "bnxt_re")
+    monkeypatch.setattr(_rdma_host, "module_state", lambda module: state if module == "bnxt_re" else "missing")
     result = run(netdev="ens1", transport="hw", limits=False)
-    assert result["reason"] == "no_transport"
-    assert ("support_rdma" if loaded else "bnxt_re is not loaded") in result["msg"]
+    assert result["reason"] == "no_transport" and said in result["msg"]
+    assert run(netdev="ens1", limits=False)["hardware_driver"] == state
 
 
 @pytest.mark.parametrize(("args", "reason"), [({"netdev": "eth9"}, "no_netdev"), ({"netdev": "mig0", "transport": "hw", "limits": False}, "no_transport")])
