@@ -25,6 +25,10 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import i
 CONFIG_DIR = "/etc/hecaton/vms"
 RUN_DIR = "/run/hecaton"
 POLL = 0.25
+#: States of a QEMU that a VM has not arrived in.
+WAITS = ("inmigrate", "prelaunch")
+#: The line by which QEMU waits for a VM, after its definition.
+WAITING = "QEMU_INCOMING=-incoming defer\n"
 #: States of query-migrate in which a migration is under way, before and after the switch.
 PRECOPY_STATES = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 POSTCOPY_STATES = ("postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
@@ -272,6 +276,42 @@ class Outgoing:
         systemctl("disable", vm_unit(self.name), check=False)
 
 
+def define(name: str, config: str) -> None:
+    """Keeps a VM's definition on a host that is its home from now on."""
+    os.makedirs(CONFIG_DIR, mode=0o750, exist_ok=True)
+    handle = os.open(config_path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as out:
+        out.write(config.rstrip() + "\n")
+
+
+def adopt(name: str, look_only: bool = False) -> bool:
+    """Makes this host the home of a VM that arrived while nobody followed it, because the unit that did was killed. Whether it did arrive.
+
+    :param look_only: only says so.
+    :raises MigrationError: its QEMU, which may be running the VM, gives no answer.
+    """
+    if not os.path.exists(incoming_env(name)) or not is_active(vm_unit(name)):
+        return False
+    try:
+        qmp = QmpClient(agent_socket(name), 10)
+        try:
+            running = qmp.execute("query-status")["status"]
+        finally:
+            qmp.close()
+    except QmpError as err:
+        raise MigrationError(
+            f"{name} was to arrive on this host, and what followed it there has ended; its QEMU may have got it but gives no answer ({err}); "
+            f"look at journalctl -u {vm_unit(name)}"
+        ) from err
+    if running in WAITS:
+        return False
+    if not look_only:
+        with open(incoming_env(name)) as stream:
+            define(name, stream.read().replace(f"\n{WAITING}", "\n"))
+        remove([incoming_env(name)])
+    return True
+
+
 def forget(name: str) -> None:
     """Removes a VM's definition from a host that it left."""
     remove([config_path(name), incoming_env(name)])
@@ -364,7 +404,7 @@ class Incoming:
         os.makedirs(os.path.dirname(incoming_env(self.name)), mode=0o755, exist_ok=True)
         handle = os.open(incoming_env(self.name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "w") as out:
-            out.write(f"{job['config'].rstrip()}\nQEMU_INCOMING=-incoming defer\n")
+            out.write(f"{job['config'].rstrip()}\n{WAITING}")
         systemctl("start", vm_unit(self.name))
         deadline = time.monotonic() + 60
         while True:
@@ -422,7 +462,7 @@ class Incoming:
                 qmp.close()
                 qmp = self._ask_again(err)
                 continue
-            if not self.arrived and running not in ("inmigrate", "prelaunch") and status in ("completed", "postcopy-active", "postcopy-paused"):
+            if not self.arrived and running not in WAITS and status in ("completed", "postcopy-active", "postcopy-paused"):
                 self._settle(status)
             self._look()
             if status == "completed" and self.arrived and self._whole():
@@ -455,10 +495,7 @@ class Incoming:
     def _settle(self, status: str) -> None:
         """From here on this host is the VM's home: its definition survives a reboot."""
         self.arrived = True
-        os.makedirs(CONFIG_DIR, mode=0o750, exist_ok=True)
-        handle = os.open(config_path(self.name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w") as out:
-            out.write(self.job["config"].rstrip() + "\n")
+        define(self.name, self.job["config"])
         if self.job.get("enabled"):
             systemctl("enable", vm_unit(self.name), check=False)
         remove([incoming_env(self.name)])

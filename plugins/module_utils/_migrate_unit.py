@@ -24,6 +24,11 @@ PACKAGE = "ansible_collections.hecaton.fleet.plugins.module_utils"
 SHIPPED = (_migration, _qmp, _libvirt, _remote_ram, _migrate_qmp, _migrate_remote_ram, _migrate_libvirt)
 
 
+def adopt(vm: str, look_only: bool = False) -> bool:
+    """Whether a VM is here that arrived after the unit that followed it was killed; then this host is its home. See ``_migrate_qmp.adopt``."""
+    return not _migrate_qmp.is_active(unit_name(vm, True)) and _migrate_qmp.adopt(vm, look_only)
+
+
 def unit_name(vm: str, incoming: bool = False) -> str:
     return f"hecaton-{'incoming' if incoming else 'migrate'}-{vm}.service"
 

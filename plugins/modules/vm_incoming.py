@@ -142,7 +142,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._host_facts import p
 from ansible_collections.hecaton.fleet.plugins.module_utils._libvirt import LibvirtError, connect, installed, libvirt_module
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import config_path, incoming_env, is_active, systemctl, vm_unit
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import is_needed
-from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import start, unit_name
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import adopt, start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, check_name, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import is_remote_ram
 from ansible_collections.hecaton.fleet.plugins.module_utils._vm_facts import facts_from_qmp, parse_environment
@@ -259,7 +259,7 @@ class VmIncoming:
         here = self.libvirt_here
         if here and here["running"] and (self.params["uuid"] in (None, here["uuid"])):
             return True
-        return is_active(vm_unit(self.name)) and not os.path.exists(incoming_env(self.name))
+        return is_active(vm_unit(self.name)) and (not os.path.exists(incoming_env(self.name)) or adopt(self.name, self.module.check_mode))
 
     def _check_cordon(self) -> None:
         cordon = _cordon.read(self.state_dir)
@@ -335,8 +335,10 @@ class VmIncoming:
         """Ends a QEMU that nothing has begun to arrive at."""
         unit = unit_name(self.name, True)
         record = read_record(self.state_dir, self.name, incoming=True) or {}
-        if not os.path.exists(incoming_env(self.name)) or record.get("phase") in ("receiving", "arrived"):
+        if not os.path.exists(incoming_env(self.name)) or (record.get("phase") in ("receiving", "arrived") and is_active(unit)):
             return False
+        if adopt(self.name):
+            return False  # it came after all, and runs
         systemctl("stop", unit, check=False)
         systemctl("stop", vm_unit(self.name), check=False)
         systemctl("reset-failed", vm_unit(self.name), check=False)
@@ -349,7 +351,7 @@ class VmIncoming:
         return True
 
     def _absent(self) -> dict:
-        waiting = os.path.exists(incoming_env(self.name)) and not os.path.exists(config_path(self.name))
+        waiting = os.path.exists(incoming_env(self.name)) and not os.path.exists(config_path(self.name)) and not adopt(self.name, True)
         if self.module.check_mode:
             return {"changed": waiting}
         stopped = self._stop_waiting()

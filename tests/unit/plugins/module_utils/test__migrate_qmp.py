@@ -601,6 +601,32 @@ def test_a_qemu_that_ends_as_soon_as_the_vm_runs_had_it(host, tmp_path, events, 
     assert ("enable", UNIT) not in host.systemctl
 
 
+@pytest.mark.parametrize("status", ["running", "paused", "guest-panicked", "inmigrate", "prelaunch"])
+def test_a_vm_that_arrived_unwatched_is_adopted(host, tmp_path, status):
+    """The unit that followed it was killed. If it counted as still to come, what cleans up after one that did not would end it."""
+    env, conf = pathlib.Path(_migrate_qmp.incoming_env("web1")), pathlib.Path(_migrate_qmp.config_path("web1"))
+    env.parent.mkdir(parents=True)
+    env.write_text(f'QEMU_ARGS="-m 128"\n{_migrate_qmp.WAITING}')
+    host.run_state = status
+    here = status not in ("inmigrate", "prelaunch")
+    assert _migrate_qmp.adopt("web1", look_only=True) is here and env.exists() and not conf.exists()
+    assert _migrate_qmp.adopt("web1") is here
+    assert (env.exists(), conf.exists()) == (not here, here)
+    if here:
+        assert conf.read_text() == 'QEMU_ARGS="-m 128"\n' and not _migrate_qmp.adopt("web1")
+
+
+def test_a_qemu_that_may_have_a_vm_and_gives_no_answer_is_not_judged(host, tmp_path):
+    env = pathlib.Path(_migrate_qmp.incoming_env("web1"))
+    env.parent.mkdir(parents=True)
+    env.write_text(_migrate_qmp.WAITING)
+    host.listens = False
+    with pytest.raises(MigrationError, match="gives no answer"):
+        _migrate_qmp.adopt("web1")
+    host.alive = False
+    assert not _migrate_qmp.adopt("web1") and env.exists()
+
+
 def test_a_busy_port_makes_it_try_the_next(host, tmp_path):
     arrives(host, (1, "active"), (0, "completed"))
     host.ports[49200] = errno.EADDRINUSE

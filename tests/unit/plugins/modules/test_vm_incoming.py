@@ -68,6 +68,18 @@ def test_room_is_kept_for_a_vm_that_may_come(run):
     assert _reservations.live(set())["web1"]["memory_mib"] == 500
 
 
+@pytest.mark.parametrize("arguments", [{}, {"state": "absent"}])
+def test_a_vm_that_arrived_although_nobody_follows_it_is_not_ended(run, host, tmp_path, monkeypatch, arguments):
+    stopped, adopted = [], []
+    (tmp_path / "web1.env").touch()
+    host.active.add("hecaton-vm@web1.service")
+    monkeypatch.setattr(vm_incoming, "adopt", lambda name, look_only=False: adopted.append(look_only) or True)
+    monkeypatch.setattr(vm_incoming, "systemctl", lambda *command, check=True: stopped.append(command))
+    result = run(driver="qmp", config="QEMU_ARGS=-m 500\n", **arguments)
+    assert not result["failed"] and not result["changed"] and not stopped and adopted
+    assert result.get("present", True)
+
+
 def test_check_mode_keeps_no_room(run):
     assert run(check_mode=True)["changed"]
     assert _reservations.live(set()) == {}

@@ -152,6 +152,13 @@ def test_the_destination_is_told_of_ram_files_by_whatever_engine_the_vm_comes(as
     assert asks([BLOCK], engine=engine)["request"]["ram"] == [BLOCK]
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_a_vm_that_arrived_unwatched_can_leave(asks, tmp_path, monkeypatch, here):
+    (tmp_path / "web1.env").touch()
+    monkeypatch.setattr(vm_migrate, "adopt", lambda name, look_only: here)
+    assert ("request" in asks([BLOCK])) is here
+
+
 def test_ordinary_memory_stays_so_unless_it_is_onboarded(asks):
     assert asks([], engine="userfault")["request"] == {"driver": "qmp", "enabled": True, "config": 'QEMU_ARGS="-m 128"\n', "ram": []}
     told = asks([], engine="precopy", onboard=True)["request"]
