@@ -257,7 +257,8 @@ class Kmod:
     def unload(self) -> None:
         self.actions.append(f"unload {self.name}")
         if not self.module.check_mode:
-            run("modprobe", "-r", self.name)
+            # modprobe -r would go on to the modules that this one needs, and fail when somebody else uses them.
+            run("rmmod", self.name)
 
     def keep_file(self, folder: str, text: str | None) -> None:
         path = os.path.join(folder, f"hecaton-{self.name}.conf")

@@ -19,7 +19,7 @@ TOOLS = {
     "modprobe": """
 case $1 in
 --dump-modversions) printf '0x01\\tkfree\\n'; exit 0 ;;
--r) rm -rf "$SYSFS/$2"; exit 0 ;;
+-r) rm -rf "$SYSFS/$2"; echo "modprobe: FATAL: Module rdma_cm is in use." >&2; exit 1 ;;
 esac
 test ! -e "$PLAY/refused" || { cat "$PLAY/refused" >&2; exit 1; }
 mkdir -p "$SYSFS/$1/parameters" "$SYSFS/$1/holders"; echo live > "$SYSFS/$1/initstate"; echo 0 > "$SYSFS/$1/refcnt"
@@ -27,6 +27,9 @@ name=$1; shift
 for word in window=32 "$@"; do echo "${word#*=}" > "$SYSFS/$name/parameters/${word%%=*}"; done
 chmod 444 "$SYSFS/$name/parameters"/*
 echo load >> "$PLAY/log"
+""",
+    "rmmod": """
+rm -rf "$SYSFS/$1"
 """,
     "modinfo": """
 case "$*" in
