@@ -29,6 +29,11 @@ def adopt(vm: str, look_only: bool = False) -> bool:
     return not _migrate_qmp.is_active(unit_name(vm, True)) and _migrate_qmp.adopt(vm, look_only)
 
 
+def runs_here(vm: str, look_only: bool = False) -> bool:
+    """Whether a VM of the driver ``qmp`` runs on this host, and is not one that is still to arrive. See ``adopt``."""
+    return _migrate_qmp.is_active(_migrate_qmp.vm_unit(vm)) and (not os.path.exists(_migrate_qmp.incoming_env(vm)) or adopt(vm, look_only))
+
+
 def unit_name(vm: str, incoming: bool = False) -> str:
     return f"hecaton-{'incoming' if incoming else 'migrate'}-{vm}.service"
 

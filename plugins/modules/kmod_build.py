@@ -270,7 +270,7 @@ class KmodBuild:
         stamp = self.stamp()
         files = None
         if stamp and record.get("archive") == stamp and record.get("of"):
-            source, version, of = record["source"], record["version"], record["of"]
+            source, version, of = record["source"], record["version"], {**record["of"], "kernel": self.kernel}
         else:
             files = self.files()
             source, version = self.identify(files)
@@ -280,7 +280,7 @@ class KmodBuild:
         found = builder.installed(source, self.kernel)
         facts = record.get("kernels", {}).get(self.kernel, {}).get(result["version"])
         if found and facts and [each["path"] for each in facts] == list(found.values()) and record.get("method") == builder.method:
-            packed = self.pack({**of, "kernel": self.kernel}, found)
+            packed = self.pack(of, found)
             return {"changed": packed, "modules": facts, "diff": {"before": self.shown(result), "after": self.shown(result)}, **result}
         before = record.get("kernels", {}).get(self.kernel, {})
         diff = {"before": "".join(f"{self.name} {each}, kernel {self.kernel}\n" for each in before), "after": self.shown(result)}
@@ -289,7 +289,6 @@ class KmodBuild:
             return {"changed": True, "diff": diff, **result}
         if files is None:
             files = self.files()
-        of = {**of, "kernel": self.kernel}
         ready = self.ready(of, builder.wanted["modules"])
         facts = self.build(builder, files, source, ready)
         kernels = {kernel: versions for kernel, versions in record.get("kernels", {}).items() if kernel != self.kernel and result["version"] in versions}

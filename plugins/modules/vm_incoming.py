@@ -142,7 +142,7 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._host_facts import p
 from ansible_collections.hecaton.fleet.plugins.module_utils._libvirt import LibvirtError, connect, installed, libvirt_module
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import config_path, incoming_env, is_active, systemctl, vm_unit
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import is_needed
-from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import adopt, start, unit_name
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import adopt, runs_here, start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, check_name, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import is_remote_ram
 from ansible_collections.hecaton.fleet.plugins.module_utils._vm_facts import facts_from_qmp, parse_environment
@@ -259,7 +259,7 @@ class VmIncoming:
         here = self.libvirt_here
         if here and here["running"] and (self.params["uuid"] in (None, here["uuid"])):
             return True
-        return is_active(vm_unit(self.name)) and (not os.path.exists(incoming_env(self.name)) or adopt(self.name, self.module.check_mode))
+        return runs_here(self.name, self.module.check_mode)
 
     def _check_cordon(self) -> None:
         cordon = _cordon.read(self.state_dir)
@@ -351,9 +351,8 @@ class VmIncoming:
         return True
 
     def _absent(self) -> dict:
-        waiting = os.path.exists(incoming_env(self.name)) and not os.path.exists(config_path(self.name)) and not adopt(self.name, True)
         if self.module.check_mode:
-            return {"changed": waiting}
+            return {"changed": os.path.exists(incoming_env(self.name)) and not os.path.exists(config_path(self.name)) and not adopt(self.name, True)}
         stopped = self._stop_waiting()
         released = _reservations.release(self.name)
         return {"changed": stopped or released}

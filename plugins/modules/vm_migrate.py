@@ -209,13 +209,12 @@ from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_qmp import 
     UNFINISHED,
     agent_socket,
     config_path,
-    incoming_env,
     is_active,
     systemctl,
     vm_unit,
 )
 from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_remote_ram import check_devices, is_serving, onboarded, ram_blocks
-from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import adopt, start, unit_name
+from ansible_collections.hecaton.fleet.plugins.module_utils._migrate_unit import runs_here, start, unit_name
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError, abort_path, check_name, finish_stale, read_record, record_path
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpClient, QmpError
 
@@ -383,7 +382,7 @@ class VmMigrate:
         return found
 
     def _find_qmp(self):
-        if not is_active(vm_unit(self.name)) or (os.path.exists(incoming_env(self.name)) and not adopt(self.name, self.module.check_mode)):
+        if not runs_here(self.name, self.module.check_mode):
             return None
         try:
             with open(config_path(self.name)) as handle:

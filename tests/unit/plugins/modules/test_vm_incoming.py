@@ -9,7 +9,7 @@ import types
 import pytest
 from ansible.module_utils import basic
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.hecaton.fleet.plugins.module_utils import _cordon, _migration, _reservations
+from ansible_collections.hecaton.fleet.plugins.module_utils import _cordon, _migrate_qmp, _migrate_unit, _migration, _reservations
 from ansible_collections.hecaton.fleet.plugins.modules import vm_incoming
 
 
@@ -31,8 +31,9 @@ def host(monkeypatch, tmp_path):
     monkeypatch.setattr(vm_incoming, "arriving_qmp", set)
     monkeypatch.setattr(vm_incoming, "resident_mib", lambda name: 0)
     monkeypatch.setattr(vm_incoming, "parse_meminfo", lambda text: {"memory_available_mib": 1000})
-    monkeypatch.setattr(vm_incoming, "is_active", lambda unit: unit in host.active)
-    monkeypatch.setattr(vm_incoming, "incoming_env", lambda name: str(tmp_path / f"{name}.env"))
+    for module in (vm_incoming, _migrate_qmp):
+        monkeypatch.setattr(module, "is_active", lambda unit: unit in host.active)
+        monkeypatch.setattr(module, "incoming_env", lambda name: str(tmp_path / f"{name}.env"))
 
     def look(self):
         self.libvirt_here = host.libvirt_here
@@ -73,7 +74,8 @@ def test_a_vm_that_arrived_although_nobody_follows_it_is_not_ended(run, host, tm
     stopped, adopted = [], []
     (tmp_path / "web1.env").touch()
     host.active.add("hecaton-vm@web1.service")
-    monkeypatch.setattr(vm_incoming, "adopt", lambda name, look_only=False: adopted.append(look_only) or True)
+    for module in (vm_incoming, _migrate_unit):
+        monkeypatch.setattr(module, "adopt", lambda name, look_only=False: adopted.append(look_only) or True)
     monkeypatch.setattr(vm_incoming, "systemctl", lambda *command, check=True: stopped.append(command))
     result = run(driver="qmp", config="QEMU_ARGS=-m 500\n", **arguments)
     assert not result["failed"] and not result["changed"] and not stopped and adopted

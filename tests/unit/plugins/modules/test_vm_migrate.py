@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from ansible.module_utils import basic
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.hecaton.fleet.plugins.module_utils import _migration
+from ansible_collections.hecaton.fleet.plugins.module_utils import _migrate_qmp, _migrate_unit, _migration
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import MigrationError
 from ansible_collections.hecaton.fleet.plugins.modules import vm_migrate
 
@@ -134,10 +134,11 @@ def asks(run, monkeypatch, tmp_path):
                 raise MigrationError("its balloon has free-page-hint=on")
 
         (tmp_path / "web1.conf").write_text('QEMU_ARGS="-m 128"\n')
-        monkeypatch.setattr(vm_migrate, "is_active", lambda unit: unit == "hecaton-vm@web1.service")
+        for module in (vm_migrate, _migrate_qmp):
+            monkeypatch.setattr(module, "is_active", lambda unit: unit == "hecaton-vm@web1.service")
         monkeypatch.setattr(vm_migrate, "systemctl", lambda *_arguments, check=True: "enabled")
         monkeypatch.setattr(vm_migrate, "config_path", lambda name: str(tmp_path / f"{name}.conf"))
-        monkeypatch.setattr(vm_migrate, "incoming_env", lambda name: str(tmp_path / f"{name}.env"))
+        monkeypatch.setattr(_migrate_qmp, "incoming_env", lambda name: str(tmp_path / f"{name}.env"))
         monkeypatch.setattr(vm_migrate, "QmpClient", Asked)
         monkeypatch.setattr(vm_migrate, "ram_blocks", ram_blocks)
         monkeypatch.setattr(vm_migrate, "check_devices", check_devices)
@@ -155,7 +156,7 @@ def test_the_destination_is_told_of_ram_files_by_whatever_engine_the_vm_comes(as
 @pytest.mark.parametrize("here", [True, False])
 def test_a_vm_that_arrived_unwatched_can_leave(asks, tmp_path, monkeypatch, here):
     (tmp_path / "web1.env").touch()
-    monkeypatch.setattr(vm_migrate, "adopt", lambda name, look_only: here)
+    monkeypatch.setattr(_migrate_unit, "adopt", lambda name, look_only: here)
     assert ("request" in asks([BLOCK])) is here
 
 
