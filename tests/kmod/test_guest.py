@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import pathlib
 import time
 import types
 
+import guest_image
 import pytest
 
 from hosts import BACKGROUND, LOST, POSTCOPY, RECONNECTING, cut, slow, wait_for
@@ -19,18 +19,9 @@ ARRIVES = "tcp:0.0.0.0:7100"
 CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "pause-before-switchover")]
 
 
-def tiny():
-    # By its path: our own build.py has the same name.
-    path = pathlib.Path(__file__).resolve().parents[1] / "guest" / "build.py"
-    spec = importlib.util.spec_from_file_location("guest_build", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.tiny_initramfs()
-
-
 @pytest.fixture(scope="module")
 def initramfs():
-    return tiny()
+    return guest_image.tiny_initramfs()
 
 
 class Guest:

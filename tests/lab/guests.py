@@ -20,7 +20,8 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "guest")]
 
-import build as guest_build
+import guest_image
+
 import lab as lab_module
 import report as guest_report
 from image import LabError
@@ -174,7 +175,7 @@ class Guests:
 
     def prepare_hosts(self) -> None:
         """Puts the files that guests are started from on all hosts."""
-        tiny = pathlib.Path(guest_build.tiny_initramfs())
+        tiny = pathlib.Path(guest_image.tiny_initramfs())
 
         before = f"mkdir -p {FILES} {LOGS} {SOCKETS} /etc/qemu && chmod 777 {SOCKETS} {LOGS} && echo allow br0 > /etc/qemu/bridge.conf"
 
@@ -197,7 +198,7 @@ class Guests:
         for guest in guests:
             if guest.kind == "valkey":
                 disk = self.lab.disks() / guest.name
-                shutil.copyfile(pathlib.Path(guest_build.valkey_image()) / "root.raw", disk)
+                shutil.copyfile(pathlib.Path(guest_image.valkey_image()) / "root.raw", disk)
             if guest.before:
                 script.append(f"{{ {guest.before}; }} || exit 1")
             script.append(f": > {LOGS}/{guest.name}.log; chmod 666 {LOGS}/{guest.name}.log")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Builds the lab's two guests, through the lab's cache of images. ``python3 build.py`` builds both and prints where."""
+"""Builds the lab's two guests, through the lab's cache of images. ``python3 guest_image.py`` builds both and prints where."""
 
 from __future__ import annotations
 
