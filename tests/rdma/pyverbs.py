@@ -30,7 +30,7 @@ from image import LabError
 HOST = "hv1"
 OUT = ROOT / "build" / "test"
 FOLDER = "/root/pyverbs"
-#: Where Debian keeps the suite; documentation isn't installed otherwise.
+#: Where Debian keeps the suite; documentation isn't installed otherwise, and dpkg wants the folders above a file too.
 SUITE = "usr/share/doc/rdma-core/tests"
 SECONDS = 600  # for one file of it on an emulated host
 #: Files with tests of what only the cards of one maker have.
@@ -46,7 +46,7 @@ RAISED = re.compile(r"^[A-Za-z_][\w.]*(?:: .*)?$", re.M)
 
 def suite() -> pathlib.Path:
     """The folder of the tests of the Debian release that the hosts run."""
-    root = build.debian("pyverbs", "with pyverbs and its tests", ["python3-pyverbs"], (), f"--dpkgopt=path-include=/{SUITE}/*")
+    root = build.debian("pyverbs", "with pyverbs and its tests", ["python3-pyverbs"], (), f"--dpkgopt=path-include=/{SUITE.removesuffix('/tests')}*")
     return root / SUITE
 
 
