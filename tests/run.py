@@ -37,13 +37,15 @@ class Stage:
     lab: bool = True  # whether it needs the lab
 
 
-# Long suites of their own, beside these: the scenarios faults, remote_ram_faults and rdma, test-kmod-debug, soak, test-pyverbs, bench.
+# Long suites of their own, beside these: the scenarios faults and remote_ram_faults, test-kmod-debug, soak, test-pyverbs, bench.
 STAGES = (
     Stage("lint", ("lint",), 1800, lab=False),
     Stage("sanity", ("sanity",), 3600, lab=False),
     Stage("units", ("units",), 1800, lab=False),
     Stage("report", ("report",), 1800, lab=False),
     Stage("lab", ("lab",), 2400),
+    # First of those that use it: it wants hosts that have nothing of ours, and leaves them so.
+    Stage("rdma", ("molecule", "SCENARIO=rdma"), 5400),
     Stage("evacuate", ("molecule", "SCENARIO=evacuate"), 2400),
     Stage("abort", ("molecule", "SCENARIO=abort"), 2400),
     Stage("refuse", ("molecule", "SCENARIO=refuse"), 2400),
