@@ -69,11 +69,11 @@ molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacua
 
 test-kmod: ## Test the kernel module on two hosts of the lab (ARGS=--long: all of it)
 	@$(PYTHON) tests/needs.py lab
-	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v tests/kmod $(ARGS)
+	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v --durations=20 tests/kmod $(ARGS)
 
 test-kmod-debug: ## The same on a kernel with KASAN, lockdep, kmemleak and more, which is built first
 	@$(PYTHON) tests/needs.py lab
-	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v tests/kmod --debug-kernel $(ARGS)
+	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v --durations=20 tests/kmod --debug-kernel $(ARGS)
 
 test-pyverbs: collection ## Run rdma-core's tests of pyverbs against the role's siw and rxe devices
 	@$(PYTHON) tests/needs.py lab

@@ -15,11 +15,13 @@ import build  # noqa: I001  (of this folder, wherever it is copied to)
 import debug_kernel
 import hosts as tools
 
+TRANSPORTS = ("siw", "rxe")
+
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also what takes long")
     parser.addoption("--debug-kernel", action="store_true", help="on hosts that boot the debug kernel")
-    parser.addoption("--transport", choices=("siw", "rxe"), help="only with one of them")
+    parser.addoption("--transport", choices=TRANSPORTS, help="only with one of them")
 
 
 #: What there is to say of each transport at the end of a run on the debug kernel.
@@ -31,20 +33,25 @@ def pytest_configure(config):
     if config.getoption("--debug-kernel"):
         tools.slowness = tools.SLOW
     config.addinivalue_line("markers", "long: takes minutes")
+    config.addinivalue_line("markers", "above: is about what is above the verbs, and takes long: with one transport, unless all is asked for")
     config.addinivalue_line("markers", "expect(*texts): what the kernel may say in this test though it is an alarm")
 
 
 def pytest_generate_tests(metafunc):
     if "transport" in metafunc.fixturenames:
         only = metafunc.config.getoption("--transport")
-        metafunc.parametrize("transport", [only] if only else ["siw", "rxe"], scope="session")
+        metafunc.parametrize("transport", [only] if only else TRANSPORTS, scope="session")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="long: make test-kmod ARGS=--long"))
+    if config.getoption("--long"):
+        return
+    first_alone = not config.getoption("--debug-kernel") and not config.getoption("--transport")
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="long: make test-kmod ARGS=--long"))
+        elif first_alone and item.get_closest_marker("above") and item.callspec.params["transport"] != TRANSPORTS[0]:
+            item.add_marker(pytest.mark.skip(reason=f"run with {TRANSPORTS[0]}, the verbs are not its subject; with each: make test-kmod ARGS=--long"))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -164,6 +164,7 @@ def test_a_guest_is_moved_and_moved_back(vm):
     guests[2].check()
 
 
+@pytest.mark.above
 def test_a_guest_whose_qemu_aborts_in_the_middle_can_be_read(vm):
     """A core dump pulls what is missing, and the whole RAM can be read from the file afterwards."""
     file, guests = vm

@@ -217,6 +217,7 @@ def still_works(file):
     file.check()
 
 
+@pytest.mark.above
 def test_rule_5_a_destination_is_told_nonsense(ram, peer):
     file = ram(2)
     hostile = peer(file.source)
@@ -232,6 +233,7 @@ def test_rule_5_a_destination_is_told_nonsense(ram, peer):
     still_works(file)
 
 
+@pytest.mark.above
 def test_rule_5_a_source_is_told_nonsense(ram, peer):
     file = ram(2)
     hostile = peer(file.dest)
@@ -276,6 +278,7 @@ def test_rule_5_who_has_all_pages_keeps_them(ram, peer):
     file.complete()
 
 
+@pytest.mark.above
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_rule_5_random_messages(ram, peer, side):
     """Each right in its header, so that all that follows is looked at."""
