@@ -99,13 +99,21 @@ def by_reason(found: dict, known: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_file(lab, device: str, name: str) -> tuple[dict, str | None, str]:
-    """Runs one file of the suite, so that one that hangs or crashes doesn't take the others with it.
+def gid(lab, device: str) -> int:
+    """The index of the device's GID that the tests are to use. Left to themselves, they take the first of RoCE, the link-local
+    address, which needs a scope that a GID hasn't; and none of iWARP, as the second half of its GID is zero."""
+    said = lab.ssh(HOST, f"cd /sys/class/infiniband/{device}/ports/1/gids && grep -l :ffff: * | sort -n | head -n 1").stdout.strip()
+    return int(said or 0)
+
+
+def run_file(lab, device: str, index: int, name: str) -> tuple[dict, str | None, str]:
+    """Runs one file of the suite with this GID of the device, so that one that hangs or crashes doesn't take the others with it.
 
     :returns: its results, what is wrong when it did not come to its end, and what it printed.
     """
     # The status says whether a test failed; which one is read from the lines.
-    command = f"cd {FOLDER} && ulimit -l unlimited && timeout --kill-after=10 {SECONDS} python3 tests/run_tests.py --dev {device} -v tests.{name} 2>&1"
+    tests = f"python3 tests/run_tests.py --dev {device} --port 1 --gid {index} -v tests.{name}"
+    command = f"cd {FOLDER} && ulimit -l unlimited && timeout --kill-after=10 {SECONDS} {tests} 2>&1"
     try:
         done = lab.ssh(HOST, command, check=False, timeout=SECONDS + 120)
     except LabError as err:
@@ -127,12 +135,12 @@ def run(lab, transport: str, files: list) -> list:
     if len(device) != 1:
         raise LabError(f"{HOST} has not one RDMA device but {device}")
     known = json.loads((HERE / "pyverbs.json").read_text())[transport]
-    found, wrong = {}, []
+    index, found, wrong = gid(lab, device[0]), {}, []
     with open(OUT / f"pyverbs-{transport}.log", "w") as log:
         for name in files:
             if name in known:
                 continue
-            of_file, problem, said = run_file(lab, device[0], name)
+            of_file, problem, said = run_file(lab, device[0], index, name)
             log.write(f"==== {name}\n{said}\n")
             log.flush()
             found.update(of_file)

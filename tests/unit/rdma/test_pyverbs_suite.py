@@ -77,7 +77,7 @@ class Host:
 
     def ssh(self, host, command, **how):
         if "infiniband" in command:
-            return subprocess.CompletedProcess(command, 0, "siw_mig0\n", "")
+            return subprocess.CompletedProcess(command, 0, "" if "gids" in command else "siw_mig0\n", "")
         name = command.split("-v tests.")[1].split()[0]
         self.ran.append(name)
         return subprocess.CompletedProcess(command, *self.said[name])
@@ -89,6 +89,7 @@ def test_a_file_that_hangs_does_not_take_the_others_with_it(suite, tmp_path, mon
     monkeypatch.setattr(suite, "HERE", tmp_path)
     monkeypatch.setattr(suite, "OUT", tmp_path)
     monkeypatch.setattr(suite.playbook, "run", lambda *args: 0)
+    monkeypatch.setattr(suite.ready, "archives", dict)
     host = Host()
     wrong = suite.run(host, "siw", ["test_addr", "test_mr", "test_odp", "test_pd"])
     assert host.ran == ["test_addr", "test_mr", "test_pd"]
