@@ -11,7 +11,7 @@ COUNT ?= 100
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug test-pyverbs soak bench bench-planner bench-kmod bench-engines bench-deadline clean
+.PHONY: help demo test lint sanity units report collection venv needs lab lab-ssh lab-status lab-down molecule test-kmod test-kmod-debug test-kmod-kernels test-pyverbs soak bench bench-planner bench-kmod bench-engines bench-deadline clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -74,6 +74,10 @@ test-kmod: ## Test the kernel module on two hosts of the lab (ARGS=--long: all o
 test-kmod-debug: ## The same on a kernel with KASAN, lockdep, kmemleak and more, which is built first
 	@$(PYTHON) tests/needs.py lab
 	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v --durations=20 tests/kmod --debug-kernel $(ARGS)
+
+test-kmod-kernels: ## Compile the kernel module for the oldest kernel, the lab's, and the newest of Debian's backports
+	@$(PYTHON) tests/needs.py lab
+	@$(PYTHON) tests/kmod/kernels.py
 
 test-pyverbs: collection ## Run rdma-core's tests of pyverbs against the role's siw and rxe devices
 	@$(PYTHON) tests/needs.py lab

@@ -37,7 +37,7 @@ class Stage:
     lab: bool = True  # whether it needs the lab
 
 
-# Long suites of their own, beside these: the scenarios faults and remote_ram_faults, test-kmod-debug, soak, test-pyverbs, bench.
+# Suites of their own, beside these: the scenarios faults and remote_ram_faults, test-kmod-debug, test-kmod-kernels, soak, test-pyverbs, bench.
 STAGES = (
     Stage("lint", ("lint",), 1800, lab=False),
     Stage("sanity", ("sanity",), 3600, lab=False),

@@ -56,12 +56,12 @@ def kernel() -> str:
     return header[offset + 0x200 :].split(b"\0")[0].split()[0].decode()
 
 
-def debian(kind: str, what: str, include: list, wanted: tuple, *options: str) -> pathlib.Path:
+def debian(kind: str, what: str, include: list, wanted: tuple, *options: str, suite: str = image.SUITE) -> pathlib.Path:
     """The folder of a small Debian with these packages, and of linux-source what is wanted. Options are mmdebstrap's.
 
     It counts as made when its mark is there, which is written last.
     """
-    key = image.digest("2", image.SUITE, *include, *wanted, *options)
+    key = image.digest("2", suite, *include, *wanted, *options)
     root = image.devenv.cache()
     folder = root / f"{kind}-{key}"
     with image.devenv.locked(root / f"{kind}.lock"):
@@ -72,7 +72,7 @@ def debian(kind: str, what: str, include: list, wanted: tuple, *options: str) ->
         work = pathlib.Path(tempfile.mkdtemp(prefix=f"{kind}-{key}.", suffix=".tmp", dir=root))
         try:
             tar = work / "root.tar"
-            image.mmdebstrap(tar, include, *options)
+            image.mmdebstrap(tar, include, *options, suite=suite)
             # All files are ours: an ordinary user can change and remove them without subordinate ids.
             image.run(["tar", "-C", str(work), "--no-same-owner", "--no-same-permissions", "--exclude=./dev/*", "-xf", str(tar)])
             tar.unlink()

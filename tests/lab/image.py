@@ -138,12 +138,19 @@ def tree_to_ext4(tar: pathlib.Path, image: pathlib.Path, mib: int, label: str) -
     run(command, env={**os.environ, "TMPDIR": str(image.parent)})
 
 
-def mmdebstrap(target: pathlib.Path, include: list, *options, env=None) -> None:
+def mmdebstrap(target: pathlib.Path, include: list, *options, env=None, suite: str = SUITE) -> None:
+    """Makes a small Debian. Packages of a release's backports are asked for as ``package/release-backports``."""
+    mirror = debian_mirror()
+    if suite.endswith("-backports"):
+        if not mirror:
+            raise LabError(f"apt-get indextargets names no mirror of Debian on this machine, from which {suite} could be taken")
+        base = suite.removesuffix("-backports")
+        suite, mirror = base, [f"deb {mirror[0]} {name} main" for name in (base, suite)]
     command = [
         "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(include)}",
         '--dpkgopt=path-exclude=/usr/share/doc/*', '--dpkgopt=path-exclude=/usr/share/man/*',
         '--dpkgopt=path-exclude=/usr/share/locale/*', '--dpkgopt=path-exclude=/usr/share/info/*',
-        '--aptopt=APT::Install-Recommends "false"', *options, SUITE, str(target), *debian_mirror(),
+        '--aptopt=APT::Install-Recommends "false"', *options, suite, str(target), *mirror,
     ]  # fmt: skip
     # As an ordinary user it works under another id, which has to get there: a home folder may be the user's alone.
     with tempfile.TemporaryDirectory(prefix="hecaton-debian-", dir="/var/tmp") as scratch:
