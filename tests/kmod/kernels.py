@@ -12,7 +12,6 @@ import sys
 import tempfile
 
 import build
-from build import image
 from image import LabError
 
 #: The oldest one, the one that the tests run on, and the newest one there is in its backports.
