@@ -9,6 +9,7 @@ Each way is a class with the same methods: ``installed`` says what is there, ``b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -362,13 +363,38 @@ class Kbuild(Builder):
         kernels = os.listdir(MODULES) if os.path.isdir(MODULES) else []
         return [self.folder(kernel) for kernel in sorted(kernels) if os.path.isdir(self.folder(kernel))]
 
+    @contextlib.contextmanager
+    def aside(self, kernel: str):
+        """The build for this kernel is out of the way meanwhile, and gone afterwards; it is back when what was done meanwhile fails.
+
+        DKMS keeps files that have the names of its own, and puts them back when its own go.
+        """
+        folder = self.folder(kernel)
+        if not os.path.isdir(folder):
+            yield
+            return
+        with tempfile.TemporaryDirectory(prefix=f"hecaton-{self.name}-") as work:
+            kept = shutil.move(folder, work)
+            try:
+                yield
+            except BaseException:
+                shutil.move(kept, folder)
+                run("depmod", "-a", kernel)
+                raise
+        self._leave(folder)
+
+    @staticmethod
+    def _leave(folder: str) -> None:
+        """Removes what was made above the folder, if nothing else is there."""
+        parent = os.path.dirname(folder)
+        while os.path.basename(parent) in ("hecaton", "updates") and not os.listdir(parent):
+            os.rmdir(parent)
+            parent = os.path.dirname(parent)
+
     def remove(self) -> None:
         for folder in self.present():
             shutil.rmtree(folder)
-            parent = os.path.dirname(folder)
-            while os.path.basename(parent) in ("hecaton", "updates") and not os.listdir(parent):
-                os.rmdir(parent)
-                parent = os.path.dirname(parent)
+            self._leave(folder)
             kernel = os.path.relpath(folder, MODULES).split(os.sep)[0]
             if os.path.exists(os.path.join(MODULES, kernel, "modules.order")):
                 run("depmod", "-a", kernel)

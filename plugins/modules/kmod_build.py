@@ -221,6 +221,7 @@ log:
   sample: "example.c:7:1: error: expected ';'"
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -327,13 +328,14 @@ class KmodBuild:
             # What was in place before stays in place.
             builder.forget(source, self.kernel)
             raise
-        for warning in builder.install(built, source, self.kernel):
+        # What was built the other way before.
+        left = (_kmod_build.Dkms if builder.method == "kbuild" else _kmod_build.Kbuild)(self.wanted("0"))
+        with left.aside(self.kernel) if left.method == "kbuild" else contextlib.nullcontext():
+            warnings = builder.install(built, source, self.kernel)
+        for warning in warnings:
             self.module.warn(warning)
-        other = _kmod_build.Dkms if builder.method == "kbuild" else _kmod_build.Kbuild
-        if other is _kmod_build.Kbuild or self.has_dkms():
-            left = other(self.wanted("0"))
-            if left.present():
-                left.remove()  # built the other way before
+        if (left.method == "kbuild" or self.has_dkms()) and left.present():
+            left.remove()
         found = builder.installed(source, self.kernel)
         if not found:
             where = {name: _kmod_host.find(name, self.kernel) for name in built}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -154,6 +155,20 @@ def test_what_fails_or_does_not_fit_leaves_the_build_before_in_place(run, host, 
     assert open(path).read() == "one\n"
     (host / "source" / "example.c").write_text("one\n")
     assert not run()["changed"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_dkms_finds_no_build_of_the_other_kind_to_keep(run, host, fails):
+    """It would put it back when its own goes. The lab has DKMS itself do it."""
+    before = sorted(str(path) for path in (host / "lib").rglob("*"))
+    path = run()["modules"][0]["path"]
+    with contextlib.suppress(ZeroDivisionError), _kmod_build.Kbuild({"name": "example"}).aside(KERNEL):
+        assert not os.path.exists(os.path.dirname(path))
+        1 / (0 if fails else 1)
+    if fails:
+        assert open(path).read() == "one\n" and not run()["changed"]
+    else:
+        assert sorted(str(path) for path in (host / "lib").rglob("*")) == before
 
 
 def test_absent_leaves_nothing(run, host):
