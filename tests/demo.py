@@ -22,6 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(HERE / "lab")]
 
+import interrupts
 import playbook
 import ready
 
@@ -126,7 +127,7 @@ def verdict(guests, chosen, status: int, seen: dict) -> list:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    signal.signal(signal.SIGTERM, lambda *_signal: sys.exit(143))
+    interrupts.once()
     begun = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")

@@ -20,6 +20,8 @@ import sys
 import threading
 import time
 
+import interrupts
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "test"
 TAIL = 40  # lines of its log that a failed stage shows, from its end
@@ -177,13 +179,8 @@ def run_lane(stages: list[Stage], runs: Runs) -> int:
     return passed
 
 
-def interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGHUP, interrupt)
+    interrupts.once(KeyboardInterrupt)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -15,7 +15,6 @@ import json
 import pathlib
 import re
 import shutil
-import signal
 import sys
 import time
 
@@ -23,6 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(HERE / "lab"), str(HERE / "kmod")]
 
+import interrupts
 import playbook
 import ready
 
@@ -226,7 +226,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.count < 1:
         parser.error("--count must be at least 1")
-    signal.signal(signal.SIGTERM, lambda *_signal: sys.exit(143))
+    interrupts.once()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")

@@ -12,7 +12,6 @@ import argparse
 import json
 import pathlib
 import platform
-import signal
 import sys
 import time
 
@@ -20,6 +19,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE)]
 
+import interrupts
 import playbook
 import ready
 
@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--transport", choices=["siw", "rxe"], default="siw")
     parser.add_argument("--output", type=pathlib.Path, default=OUT / "deadline.json")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_signal: sys.exit(143))
+    interrupts.once()
     OUT.mkdir(parents=True, exist_ok=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")
     try:

@@ -11,7 +11,6 @@ import argparse
 import json
 import pathlib
 import platform
-import signal
 import sys
 import time
 
@@ -19,6 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lab"), str(HERE)]
 
+import interrupts
 import playbook
 import ready
 
@@ -186,7 +186,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    interrupts.once()
     OUT.mkdir(parents=True, exist_ok=True)
     lab = lab_module.Lab(ROOT / "build" / "lab")
     try:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import build  # noqa: I001  (of this folder, wherever it is copied to)
 import debug_kernel
 import hosts as tools
+import interrupts
 
 TRANSPORTS = ("siw", "rxe")
 
@@ -30,6 +31,8 @@ NOTES = pytest.StashKey()
 
 def pytest_configure(config):
     config.stash[NOTES] = []
+    # Also when they are ended from outside, hosts of the debug kernel are not to stay.
+    interrupts.once(KeyboardInterrupt)
     if config.getoption("--debug-kernel"):
         tools.slowness = tools.SLOW
     config.addinivalue_line("markers", "long: takes minutes")

@@ -25,6 +25,8 @@ import time
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent), str(pathlib.Path(__file__).resolve().parent.parent)]
 
+import interrupts
+
 import devenv
 import image
 import needs
@@ -555,7 +557,7 @@ def main() -> int:
     one.add_argument("host")
     args = parser.parse_args()
     lab = Lab(args.dir)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    interrupts.once()
     try:
         if args.verb == "up":
             lab.up()
@@ -584,8 +586,6 @@ def main() -> int:
     except LabError as err:
         print(f"lab: {err}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

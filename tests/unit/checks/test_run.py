@@ -18,7 +18,10 @@ def run():
     spec = importlib.util.spec_from_file_location("checks_run", TESTS / "run.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up there
+    before = list(sys.path)
+    sys.path.insert(0, str(TESTS))
     spec.loader.exec_module(module)
+    sys.path[:] = before
     yield module
     del sys.modules[spec.name]
 
