@@ -39,7 +39,7 @@ class Stage:
     lab: bool = True  # whether it needs the lab
 
 
-# Suites of their own, beside these: the scenarios faults and remote_ram_faults, test-kmod-debug, test-kmod-kernels, soak, test-pyverbs, bench.
+# Suites of their own, beside these: the scenarios faults, remote_ram_faults and kmod, test-kmod-debug, test-kmod-kernels, soak, test-pyverbs, bench.
 STAGES = (
     Stage("lint", ("lint",), 1800, lab=False),
     Stage("sanity", ("sanity",), 3600, lab=False),
