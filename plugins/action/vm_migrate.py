@@ -53,7 +53,8 @@ def progress_line(vm: str, to: str, record: dict) -> str:
     if counted:
         words.append(f"pages ahead {counted['pages_ahead']}")
         if record["on"] == "destination":
-            words.append(f"on demand {counted['pages_demand']}, in the background {counted['pages_bubble'] + counted['pages_background']}")
+            background = counted["pages_bubble"] + counted["pages_background"]
+            words.append(f"missing at the switch {counted['pages_dirty']}, on demand {counted['pages_demand']}, in the background {background}")
             waits = sum(counted["wait_hist"])
             if waits:
                 words.append(f"mean wait {counted['wait_ns_total'] / waits / 1e6:.1f} ms")
@@ -94,7 +95,7 @@ class ActionModule(ActionBase):
             return found
         if self.args.get("state", "migrated") == "aborted":
             return self._await_abort(found, task_vars) if found.get("changed") and not self._task.check_mode else self._clean(found)
-        if found.get("already"):
+        if found.get("already") or found.get("idle"):
             return self._clean(found)
         destination = None
         try:
@@ -149,7 +150,7 @@ class ActionModule(ActionBase):
     @staticmethod
     def _clean(found: dict) -> dict:
         """A result without what only this plugin needs."""
-        return {key: value for key, value in found.items() if key not in ("request", "record_path", "unit", "absent", "attached", "started", "reason")}
+        return {key: value for key, value in found.items() if key not in ("request", "record_path", "unit", "absent", "attached", "started", "reason", "idle")}
 
     def _destination(self, task_vars: dict) -> ActionModule:
         """This action, bound to the destination: its connection, its variables.

@@ -343,6 +343,7 @@ class Incoming:
         self.data = {"id": job["id"], "vm": self.name, "driver": "qmp", "engine": job["engine"], "phase": "starting", "result": None, "reason": "",
                      "uri": None, "ram": job.get("ram") or [], "started": time.time(), "finished": None}  # fmt: skip
         self.arrived = False
+        self.resumed = False  # QEMU said so, before it was seen
         self.began = False
         self._port = None
 
@@ -382,12 +383,9 @@ class Incoming:
         """Whether the VM that runs here has all it needs."""
         return True
 
-    def _came_and_went(self, qmp: QmpClient) -> bool:
+    def _came_and_went(self) -> bool:
         """Whether the VM ran here before its QEMU ended, although it was never asked meanwhile: then QEMU said so by itself."""
-        try:
-            if all(event.get("event") != "RESUME" for event in qmp.events()):
-                return False
-        except QmpError:
+        if not self.resumed:
             return False
         # If the source did not hear of it, the VM goes on there: it must not start with this host.
         self.job["enabled"] = False
@@ -457,10 +455,7 @@ class Incoming:
                 status = qmp.execute("query-migrate").get("status", "none")
                 running = qmp.execute("query-status")["status"]
             except QmpError as err:
-                if not self.arrived and not self._came_and_went(qmp):
-                    raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
-                qmp.close()
-                qmp = self._ask_again(err)
+                qmp = self._ask_again(qmp, err)
                 continue
             if not self.arrived and running not in WAITS and status in ("completed", "postcopy-active", "postcopy-paused"):
                 self._settle(status)
@@ -480,16 +475,25 @@ class Incoming:
                     self.save(phase="receiving")
             time.sleep(POLL)
 
-    def _ask_again(self, err: QmpError) -> QmpClient:
-        """A new connection to a QEMU that gave no answer: while it waits for a page that is still to come, it can't.
+    def _ask_again(self, qmp: QmpClient, err: QmpError) -> QmpClient:
+        """A new connection to a QEMU that gave no answer: while it waits for a page that is still to come, it can't, also before the VM runs.
 
-        :raises MigrationError: it has ended.
+        :raises MigrationError: it has ended, or the VM can't arrive any more.
         """
+        try:
+            self.resumed = self.resumed or any(event.get("event") == "RESUME" for event in qmp.events())
+        except QmpError:
+            pass  # there was nothing more to hear
+        qmp.close()
+        time.sleep(POLL)  # for systemd to notice that it has ended
         while is_active(vm_unit(self.name)):
             try:
                 return QmpClient(agent_socket(self.name))
             except QmpError:
+                self._look()
                 time.sleep(POLL)
+        if not self.arrived and not self._came_and_went():
+            raise MigrationError(f"the stream ended before the VM had arrived ({err})") from err
         raise MigrationError(f"the QEMU of {self.name} ended on this host after the VM had switched to it ({err})" + self._left()) from err
 
     def _settle(self, status: str) -> None:

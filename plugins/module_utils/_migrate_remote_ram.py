@@ -134,6 +134,10 @@ def figures(stats: list) -> dict:
     return total
 
 
+class Silence(MigrationError):
+    """QEMU has neither done what was asked nor failed."""
+
+
 class Outgoing(_migrate_qmp.Outgoing):
     """The source's side.
 
@@ -256,9 +260,11 @@ class Outgoing(_migrate_qmp.Outgoing):
         except QmpError as err:
             self._lost_qemu(err)
 
-    def _await_status(self, wanted: str) -> dict:
-        """:raises MigrationError: QEMU says failed, or takes too long; the VM is here."""
-        deadline = time.monotonic() + SWITCH_PATIENCE
+    def _await_status(self, wanted: str, patience: float = SWITCH_PATIENCE) -> dict:
+        """:raises MigrationError: QEMU says failed; the VM is here.
+        :raises Silence: it takes too long.
+        """
+        deadline = time.monotonic() + patience
         while True:
             info = self._status()
             if info.get("status") == wanted:
@@ -266,7 +272,7 @@ class Outgoing(_migrate_qmp.Outgoing):
             if info.get("status") in ("failed", "cancelled"):
                 raise MigrationError(info.get("error-desc") or f"QEMU says the migration {info['status']}")
             if time.monotonic() > deadline:
-                raise MigrationError(f"QEMU did not get to {wanted!r} in {SWITCH_PATIENCE} s (it says {info.get('status')})")
+                raise Silence(f"QEMU did not get to {wanted!r} in {patience:g} s (it says {info.get('status')})")
             self._pause()
 
     def _hand_over(self) -> None:
@@ -292,7 +298,15 @@ class Outgoing(_migrate_qmp.Outgoing):
         try:
             if status == "pre-switchover":
                 self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
-            info = self._await_status("completed")
+            # It waits for the destination's word that the VM is there. While the network is down that may take as long as pages may.
+            info = self._await_status("completed", self.job.get("recovery_timeout_s", 3600))
+        except Silence as err:
+            # The destination may have all and run the VM: taking it back here could make two of it.
+            self.record.save(on="unknown")
+            raise MigrationError(
+                f"{self.job['to']} has not answered whether {self.name} runs there ({err}); here it stands still. Run the migration again to go on waiting; "
+                f"only if it does not run on {self.job['to']}, and never will, stop {vm_unit(self.name)} here and start it again"
+            ) from err
         except (MigrationError, QmpError):
             if not self._qemu_ended():
                 self._cancel_qemu()
@@ -441,9 +455,10 @@ class Incoming(_migrate_qmp.Incoming):
                     f"{entry['pages_lost']} pages of {self.name} are lost ({entry['reason']}); the guest gets a machine check when it touches one of them"
                 )
 
-    def _came_and_went(self, qmp) -> bool:
+    def _came_and_went(self) -> bool:
+        if super()._came_and_went():
+            return True
         # A QEMU that can't load the VM ends by itself, and the source takes the RAM back. One that was killed may have run the VM.
-        _migrate_qmp.systemctl("stop", vm_unit(self.name), check=False)
         result = _migrate_qmp.systemctl("show", "--property=Result", "--value", vm_unit(self.name), check=False)
         if result not in KILLED or any(ram.stats()["state"] not in SERVING for ram in self.files):
             return False

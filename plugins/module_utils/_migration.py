@@ -18,6 +18,8 @@ import uuid
 
 STATE_DIR = "/var/lib/hecaton"
 MAX_SAMPLES = 600
+#: What of its record a migration keeps when another unit takes it up.
+KEPT = ("started", "switched", "downtime_ms", "bytes", "recoveries", "samples", "remote_ram")
 #: Names of VMs become names of files and units.
 NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")
 
@@ -126,6 +128,13 @@ class Record:
             "percent": 0, "rate_mib_s": None, "remaining_mib": None, "eta_s": None,
             "downtime_ms": None, "total_ms": None, "bytes": None, "recoveries": 0, "samples": [],
         }  # fmt: skip
+        if job.get("resume"):
+            self._take_over(read_record(state_dir, job["vm"]))
+
+    def _take_over(self, earlier: dict | None) -> None:
+        """What the unit that had this migration before has noted of it."""
+        if earlier and earlier["id"] == self.data["id"]:
+            self.data.update({key: earlier[key] for key in KEPT if key in earlier})
 
     def save(self, **changes) -> None:
         self.data.update(changes)

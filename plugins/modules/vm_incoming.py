@@ -194,6 +194,20 @@ def resident_mib(name: str) -> int:
         return 0
 
 
+def ram_files_mib(record: dict) -> int:
+    """MiB that the RAM files of a VM already occupy here. What is copied ahead is in them, and in no process.
+
+    :param record: of its arrival.
+    """
+    blocks = 0
+    for block in record.get("ram") or []:
+        try:
+            blocks += os.stat(block["path"]).st_blocks
+        except OSError:
+            continue  # it has gone, and takes no room
+    return blocks * 512 >> 20
+
+
 class VmIncoming:
     """One call of the module."""
 
@@ -299,13 +313,17 @@ class VmIncoming:
     def _check_memory(self, memory: int, reservations: dict) -> None:
         with open("/proc/meminfo") as handle:
             available = parse_meminfo(handle.read())["memory_available_mib"]
-        outstanding = sum(max(0, r["memory_mib"] - resident_mib(name)) for name, r in reservations.items())
+        outstanding = sum(max(0, r["memory_mib"] - self._occupied_mib(name)) for name, r in reservations.items())
         short = _reservations.shortage(memory, self.params["memory_reserve"], available, outstanding)
         if short > 0:
             raise MigrationError(
                 f"no room for {self.name} on this host: it needs {memory} MiB and {self.params['memory_reserve']} MiB have to stay free; "
                 f"{available} MiB are free, of which {outstanding} MiB are kept for {', '.join(sorted(reservations)) or 'nobody'}: {short} MiB short"
             )
+
+    def _occupied_mib(self, name: str) -> int:
+        """MiB that a VM on its way here occupies already. Its QEMU has mapped its RAM files, so they count once."""
+        return max(resident_mib(name), ram_files_mib(read_record(self.state_dir, name, incoming=True) or {}))
 
     # -- driver qmp ------------------------------------------------------------------------------------------------
 

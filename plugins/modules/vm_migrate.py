@@ -139,6 +139,12 @@ options:
         memory can be sent is slowed down until it has moved.
     type: bool
     default: false
+  follow:
+    description:
+      - Follow a migration that is under way, or take up one that stopped where only going on is possible, and start none.
+      - Without such a migration nothing is changed.
+    type: bool
+    default: false
   token:
     description:
       - Secret that both sides of O(engine=remote_ram) have to know, 32 hexadecimal digits. The action plugin makes one.
@@ -187,7 +193,7 @@ migration:
     phase: {description: "One of starting, precopy, switch, postcopy, recovering, finished.", type: str, returned: always, sample: finished}
     result: {description: "One of moved, failed, aborted; null before it ended.", type: str, returned: always, sample: moved}
     reason: {description: Why it failed., type: str, returned: always, sample: ""}
-    "on": {description: "Which side runs the virtual machine, source or destination.", type: str, returned: always, sample: destination}
+    "on": {description: "Which side runs the virtual machine: source, destination, or unknown.", type: str, returned: always, sample: destination}
     downtime_ms: {description: How long the virtual machine stood still at the switch., type: int, returned: always, sample: 120}
     total_ms: {description: From start to last page., type: int, returned: always, sample: 7300}
     bytes: {description: What was sent., type: int, returned: always, sample: 158000000}
@@ -246,6 +252,7 @@ ARGUMENT_SPEC = {
     "journal": {"type": "str"},
     "incoming": {"type": "dict"},
     "onboard": {"type": "bool", "default": False},
+    "follow": {"type": "bool", "default": False},
     "token": {"type": "str", "no_log": True},
 }
 #: Least value of each number, and its greatest where there is one.
@@ -312,6 +319,9 @@ class VmMigrate:
             return
         if found is None and self._serves(record):
             self._resume()
+            return
+        if self.params["follow"]:
+            self.result["idle"] = True
             return
         if found is None:
             if record and record["result"] == "moved" and record["to"] == destination:

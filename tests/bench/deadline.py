@@ -79,7 +79,9 @@ def row(report: dict, checks: dict) -> dict:
         "of_deadline": None if deadline is None or free is None else round(free / deadline, 3),
         "in_time": None if deadline is None else free is not None and free <= LATE * deadline,
         "planned_before_s": plan["elapsed_s"], "precopy_planned_s": sum(vm["precopy_timeout_s"] for vm in report["vms"]),
-        "precopy_s": round(sum(vm["precopy_s"] for vm in report["vms"]), 1), "downtime_max_ms": max(vm["downtime_ms"] for vm in report["vms"]),
+        "precopy_s": round(sum(vm["precopy_s"] for vm in report["vms"]), 1),
+        # Unknown of a VM whose QEMU ended in the switch.
+        "downtime_max_ms": max((vm["downtime_ms"] for vm in report["vms"] if vm["downtime_ms"] is not None), default=None),
         "corrupt": sum(check["corrupt_total"] for check in checks.values()),
         "vms": [
             {key: vm[key] for key in ("name", "memory_mib", "dirty_rate_mib_s", "precopy_timeout_s", "precopy_s", "planned_start_s", "started_s",

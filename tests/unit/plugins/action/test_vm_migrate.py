@@ -112,3 +112,13 @@ def test_a_worker_whose_play_was_killed_gives_no_signs_of_life(action, monkeypat
         action._watch({"record_path": "/r", "unit": "u"}, {})
     assert len(told) == 2
     assert all("touch -c /var/lib/hecaton/claim" in each for each in told)
+
+
+def test_by_the_kernel_engine_pages_are_told_by_where_they_went(record):
+    record.phase("precopy")
+    record.data["remote_ram"] = {
+        "pages_ahead": 900, "pages_dirty": 100, "pages_demand": 7, "pages_bubble": 20, "pages_background": 30, "wait_hist": [0, 4], "wait_ns_total": 6000000,
+    }  # fmt: skip
+    assert line(record) == "web1 -> hv2: precopy, pages ahead 900"
+    record.phase("postcopy", on="destination")
+    assert line(record) == "web1 -> hv2: postcopy, pages ahead 900, missing at the switch 100, on demand 7, in the background 50, mean wait 1.5 ms"

@@ -48,6 +48,7 @@ class World:
         self.result = "success"  # what systemd says of how QEMU ended
         self.refuse = {}
         self.after = {}  # what is otherwise once QEMU was told a command
+        self.events = []  # what QEMU has told and nobody has read
 
     def call(self, name, *arguments):
         self.told.append(name)
@@ -92,6 +93,11 @@ def world(monkeypatch, clock, tmp_path):
             if not world.alive or world.silent:
                 raise QmpError(f"cannot reach QEMU at {path}", "ConnectionError")
             self.execute = world.qmp
+
+        def events(self, wait=0.0):
+            clock.sleep(wait)
+            told, world.events = world.events, []
+            return told
 
         def close(self):
             pass
@@ -236,6 +242,23 @@ def test_a_source_whose_destination_has_all_but_can_not_load_the_devices_keeps_t
     with pytest.raises(MigrationError, match="can't be loaded"):
         moving.run()
     assert world.told[-1] == "release" and moving.record.data["on"] == "source"
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_vm_that_may_run_at_the_destination_already_is_not_taken_back_for_its_silence(world, clock, tmp_path, answers):
+    """The network is cut after the devices' state was sent, and before the word that it arrived: the VM must not run twice."""
+    moving = outgoing(tmp_path, recovery_timeout_s=3600)
+    world.after["migrate-continue"] = {"migrate": "device"}
+    if answers:
+        clock.at.append((600, lambda: setattr(world, "migrate", "completed")))
+        moving.run()
+        assert moving.record.data["result"] == "moved" and clock.now >= 600
+    else:
+        with pytest.raises(MigrationError, match="hv2 has not answered whether web1 runs there"):
+            moving.run()
+        assert moving.record.data["on"] == "unknown" and clock.now >= 3600
+        assert world.told[-1] == "migrate-continue"
+    assert not {"take_back", "migrate_cancel", "abort"} & set(world.told)
 
 
 def test_memory_that_is_still_arriving_is_not_given_away_and_not_given_up(world, tmp_path):
@@ -404,6 +427,34 @@ def test_a_qemu_that_waits_for_a_page_and_does_not_answer_is_not_taken_for_dead(
     clock.at.append((95, lambda: setattr(world, "state", "complete")))
     side._receive(qmp)
     assert side.data["result"] == "moved" and clock.now >= 95
+
+
+def test_a_qemu_that_waits_for_a_page_before_it_was_seen_running_is_not_stopped(world, clock, tmp_path):
+    """It may be the only one that has the VM: the source's ends when all was sent."""
+    side, qmp = arrived(world, tmp_path)
+    side.arrived, world.silent = False, True
+    clock.at.append((90, lambda: setattr(world, "silent", False)))
+    clock.at.append((95, lambda: setattr(world, "state", "complete")))
+    side._receive(qmp)
+    assert side.data["result"] == "moved" and clock.now >= 95 and not [step for step in world.told if step.startswith("unlink /run/remote_ram")]
+
+
+def test_a_silent_qemu_whose_ram_can_not_arrive_any_more_is_given_up(world, clock, tmp_path):
+    side, qmp = arrived(world, tmp_path)
+    side.arrived, world.silent = False, True
+    clock.at.append((60, lambda: setattr(world, "state", "failed")))
+    with pytest.raises(MigrationError, match="ended before the VM had arrived"):
+        side._receive(qmp)
+    assert 60 <= clock.now < 62
+
+
+def test_a_qemu_that_said_that_the_vm_runs_had_it_however_it_ended(world, clock, tmp_path):
+    side, qmp = arrived(world, tmp_path)
+    side.arrived, world.alive, world.result, world.events = False, False, "exit-code", [{"event": "RESUME"}]
+    clock.at.append((20, lambda: setattr(world, "state", "complete")))
+    with pytest.raises(MigrationError, match="its RAM is whole in"):
+        side._receive(qmp)
+    assert side.arrived and (tmp_path / "vms" / "web1.conf").exists()
 
 
 def test_the_vm_is_whole_when_the_last_page_is_in(world, tmp_path):

@@ -168,3 +168,15 @@ def test_of_a_migration_whose_unit_died_the_vm_is_only_known_to_be_on_the_destin
     stale = _migration.finish_stale(record.data, "gone")
     assert (stale["phase"], stale["result"], stale["reason"], stale["on"]) == ("finished", "failed", "gone", now)
     assert record.data["phase"] == "starting"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_unit_that_takes_a_migration_up_keeps_what_was_noted_of_it(record, folder, same):
+    record.phase("precopy")
+    record.progress(300 * MIB, 100 * MIB, 400 * MIB, 20 * MIB)
+    record.phase("postcopy", on="destination", downtime_ms=120)
+    job = {"vm": "web1", "from": "hv1", "to": "hv2", "resume": True, "id": record.data["id"] if same else "another"}
+    taken_up = _migration.Record(folder, job).data
+    for key in ("downtime_ms", "switched", "samples", "bytes"):
+        assert (taken_up[key] == record.data[key]) is same, key
+    assert (taken_up["phase"], taken_up["result"]) == ("starting", None)

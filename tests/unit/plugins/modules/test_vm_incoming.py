@@ -162,3 +162,13 @@ def test_ram_files_that_a_vm_still_fetches_pages_from_stay(run, monkeypatch, eng
     result = run(driver="qmp", engine=engine, config='QEMU_ARGS="-m 128"', ram=ram, token="00")
     assert result["failed"] and "a part of the memory of web1 is still only on this host" in result["msg"]
     assert asked == [ram]
+
+
+def test_what_a_vm_has_copied_ahead_is_not_kept_for_it_once_more(run, host, tmp_path):
+    """It is in its RAM file, and in no process: the host has less free memory for it already."""
+    ram = tmp_path / "web2.ram"
+    ram.write_bytes(b"x" * (200 << 20))
+    run(name="web2", memory_mib=600)
+    _migration.write_json(_migration.record_path(str(host.state), "web2", incoming=True), {"phase": "receiving", "ram": [{"path": str(ram)}, {"path": "gone"}]})
+    result = run(memory_mib=500)
+    assert not result["failed"] and result["incoming"]["memory_mib"] == 500

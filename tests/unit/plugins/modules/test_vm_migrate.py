@@ -178,3 +178,30 @@ def test_what_an_engine_can_t_do_with_ordinary_memory_is_said(asks, arguments, s
 def test_what_keeps_a_vm_from_the_kernel_engine_is_said_also_of_one_that_may_be_onboarded(asks):
     result = asks([BLOCK], hints=True, engine="remote_ram", onboard=True)
     assert result["failed"] and result["msg"] == "its balloon has free-page-hint=on"
+
+
+@pytest.mark.parametrize("status", ["none", "active", "device"])
+def test_who_only_follows_takes_up_what_stopped_halfway_and_starts_nothing(run, monkeypatch, tmp_path, status):
+    """A unit that died in pre-copy by the kernel engine, or with its host, leaves a record that never ends."""
+    record = _migration.Record(str(tmp_path), {"vm": "web1", "id": "1", "engine": "remote_ram", "driver": "qmp", "from": "hv1", "to": "hv2"})
+    record.phase("precopy")
+    _migration.write_json(str(tmp_path / "jobs" / "web1.outgoing.json"), {"vm": "web1", "ram": []})
+    begun = []
+
+    class Qemu(Asked):
+        def execute(self, command):
+            return {"query-migrate": {"status": status}, "query-status": {"status": "running"}}[command]
+
+    monkeypatch.setattr(vm_migrate, "QmpClient", Qemu)
+    monkeypatch.setattr(vm_migrate, "start", lambda job, state_dir: begun.append(job))
+    monkeypatch.setattr(vm_migrate.VmMigrate, "_find", lambda self: {"driver": "qmp", "config": "", "ram": []})
+    result = run(driver="qmp", follow=True)
+    halfway = status != "none"
+    assert not result["failed"] and result["changed"] is halfway and result.get("idle", False) is not halfway
+    assert [job["resume"] for job in begun] == ([True] if halfway else []) and "request" not in result
+
+
+def test_who_only_follows_moves_no_vm_that_was_never_under_way(run, monkeypatch):
+    monkeypatch.setattr(vm_migrate.VmMigrate, "_find", lambda self: {"driver": "qmp", "config": "", "ram": []})
+    result = run(follow=True)
+    assert not result["failed"] and not result["changed"] and "request" not in result
