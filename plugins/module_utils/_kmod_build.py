@@ -160,7 +160,11 @@ class Builder:
     def refuse_kernel(self, conf: str | None, kernel: str) -> None:
         """:raises KmodError: the source says that it is not for this kernel."""
         pattern = self.wanted["kernels"] or _kmod.dkms_setting(conf or "", "BUILD_EXCLUSIVE_KERNEL")
-        if pattern and not re.search(pattern, kernel):
+        try:
+            fits = not pattern or re.search(pattern, kernel)
+        except re.error as err:
+            raise KmodError(f"{pattern!r}, which says what kernels {self.name} is for, is no regular expression: {err}") from err
+        if not fits:
             raise KmodError(f"{self.name} {self.wanted['version']} can't be built for kernel {kernel}: it is for kernels that match {pattern}")
 
 

@@ -9,6 +9,7 @@ import gzip
 import lzma
 import os
 import subprocess
+import zlib
 
 from ansible_collections.hecaton.fleet.plugins.module_utils import _kmod
 
@@ -71,12 +72,15 @@ def read_module(path: str) -> bytes:
     """A module's content, unpacked."""
     with open(path, "rb") as stream:
         content = stream.read()
-    if path.endswith(".xz"):
-        return lzma.decompress(content)
-    if path.endswith(".gz"):
-        return gzip.decompress(content)
-    if path.endswith(".zst"):
-        return subprocess.run(["zstd", "-dcq", path], stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout
+    try:
+        if path.endswith(".xz"):
+            return lzma.decompress(content)
+        if path.endswith(".gz"):
+            return gzip.decompress(content)
+        if path.endswith(".zst"):
+            return subprocess.run(["zstd", "-dcq", path], stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout
+    except (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile, subprocess.CalledProcessError) as err:
+        raise KmodError(f"{path} is damaged ({err}); install again what it belongs to") from err
     return content
 
 

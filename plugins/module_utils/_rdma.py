@@ -218,7 +218,7 @@ def wrong_gid(local: str, gids: list) -> str | None:
 def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
     """What kept one host from reaching another.
 
-    :param stage: how far it came: ``address``, ``route``, ``connect``, ``hello``, ``read``.
+    :param stage: how far it came: ``address``, ``route``, ``resources``, ``connect``, ``hello``, ``read``.
     :param error: what the RDMA library said.
     :param seen: ``peer``, ``port``, ``local`` (this host's address towards the peer), ``netdev``, ``devices`` (those on ``netdev``),
         ``gids`` (of those that speak RoCE, None for others), ``ping`` (whether the peer answers, None when that can't be asked),
@@ -237,6 +237,10 @@ def diagnose(stage: str, error: str, seen: dict) -> RdmaError:
         return RdmaError(
             f"{', '.join(seen['devices'])} can't reach {peer} ({error}); {wrong or 'a GID of the device has to stand for ' + seen['local']}: "
             f"see hecaton.fleet.rdma_info, there and here", "gid_mismatch")
+    if stage == "resources":
+        return RdmaError(
+            f"{', '.join(seen.get('devices') or []) or 'the device'} here can't be used by a program ({error}); memory that it reads and writes has to be "
+            "locked: look at memlock_bytes of hecaton.fleet.rdma_info", "resources")
     if stage == "connect":
         if "refused" in error.lower() or "rejected" in error.lower():
             return RdmaError(f"{peer} refuses connections to port {seen['port']} ({error}): nothing listens there with the same transport", "refused")
@@ -263,6 +267,12 @@ def mismatch(mine: dict, theirs: dict, peer: str) -> RdmaError | None:
         where = mine["device"] + " here" if not mine["read_depth"] else f"{theirs['device']} at {peer}"
         return RdmaError(f"{where} can't have an RDMA READ under way (its READ depth is 0)", "read_depth")
     return None
+
+
+def seconds(span: str) -> float:
+    """A span of time as systemd shows it (``1h 2min 3.5s``), in seconds; 0 for one that has no end or is not understood."""
+    units = {"w": 604800, "d": 86400, "h": 3600, "min": 60, "s": 1, "ms": 1e-3, "us": 1e-6}
+    return sum(float(number) * units.get(unit, 0) for number, unit in re.findall(r"([0-9.]+)([a-z]+)", span))
 
 
 def percentile(values: list, share: float) -> float:

@@ -21,7 +21,8 @@ VERSION = 1
 MESSAGE = 4096  # bytes of one message
 DEPTH = 16  # READs under way while the bandwidth is measured, at most
 EXCHANGE_SECONDS = 15  # for the other end to say something
-SERVE_SECONDS = 120  # for one probe
+SERVE_SECONDS = 120  # for one probe that does not say how long it takes
+LONGEST_SECONDS = 3600  # and for one that does
 
 
 class ProbeError(Exception):
@@ -179,8 +180,9 @@ def listen(address: str, port: int, ready=None) -> None:
             ended.append(connection)
             serve(connection)
             say("served one probe")
-        except (PyverbsError, ProbeError) as err:
-            say(f"a probe ended early: {err}")
+        except (PyverbsError, ProbeError, KeyError, TypeError, ValueError, OSError) as err:
+            # Whatever one of them says, the next one is served.
+            say(f"a probe ended early: {err!r}")
 
 
 def serve(connection: Connection) -> None:
@@ -195,7 +197,7 @@ def serve(connection: Connection) -> None:
         memory.write(pattern(str(hello["seed"]), length), length)
         connection.expect()
         connection.say("hello", {**about(connection), "address": memory.buf, "rkey": memory.rkey, "length": length})
-        connection.hear("read", SERVE_SECONDS)
+        connection.hear("read", max(SERVE_SECONDS, min(int(hello.get("timeout", 0)), LONGEST_SECONDS)))
     finally:
         if memory:
             memory.close()
@@ -209,7 +211,7 @@ def probe(job: dict, tell) -> dict:
     """Connects, reads and measures.
 
     :param job: ``peer``, ``port``, ``source`` (address of this host, or None), ``length`` (bytes of the pattern), ``reads`` (for the
-        latency), ``read_size``, ``seconds`` (for the bandwidth) and ``seed``.
+        latency), ``read_size``, ``seconds`` (for the bandwidth), ``timeout`` (seconds for all of it) and ``seed``.
     :param tell: called with the name of each stage that begins.
     :returns: ``local``, ``remote``, ``latencies`` (seconds), ``bandwidth`` (bytes a second) and ``memory`` (what was read).
     :raises ProbeError: it failed.
@@ -236,14 +238,15 @@ def probe(job: dict, tell) -> dict:
         tell(stage := "route")
         cmid.resolve_route()
         expect(cm.RDMA_CM_EVENT_ROUTE_RESOLVED)
-        tell(stage := "connect")
+        tell(stage := "resources")
         connection = Connection(cmid)
+        tell(stage := "connect")
         connection.expect()
         cmid.connect(connection.parameters())
         expect(cm.RDMA_CM_EVENT_ESTABLISHED)
         tell(stage := "hello")
         mine = about(connection)
-        connection.say(stage, {**mine, "length": job["length"], "seed": job["seed"]})
+        connection.say(stage, {**mine, "length": job["length"], "seed": job["seed"], "timeout": job["timeout"]})
         theirs = connection.hear(stage)
         if not mine["read_depth"] or not theirs["read_depth"]:
             return {"local": mine, "remote": theirs, "latencies": [], "bandwidth": 0.0, "memory": b""}

@@ -55,6 +55,12 @@ options:
     type: str
     choices: [fail, keep]
     default: fail
+  reload:
+    description:
+      - Whether a module that is loaded may be unloaded to be loaded again. With V(false) it stays as it is for now, with a warning.
+      - For modules of which the kernel doesn't know all that depends on them, such as the driver of an RDMA device that has connections.
+    type: bool
+    default: true
 seealso:
   - module: hecaton.fleet.kmod_build
 """
@@ -209,9 +215,10 @@ class Kmod:
 
     def reload(self, path: str, reasons: list) -> None:
         count, holders = _kmod_host.users(self.name)
-        if count and self.params["in_use"] == "keep":
+        if not self.params["reload"] or (count and self.params["in_use"] == "keep"):
             self.pending = True
-            self.module.warn(f"{self.name} stays as it is because it is in use{self.by(holders)}, although {'; '.join(reasons)}")
+            why = f"it is in use{self.by(holders)}" if count else "it was asked not to be loaded again"
+            self.module.warn(f"{self.name} stays as it is because {why}, although {'; '.join(reasons)}")
             return
         self.refuse_in_use(f"loaded again, although {'; '.join(reasons)}")
         self.check(path)
@@ -288,6 +295,7 @@ def main():
             "parameters": {"type": "dict", "default": {}},
             "persistent": {"type": "bool", "default": True},
             "in_use": {"type": "str", "choices": ["fail", "keep"], "default": "fail"},
+            "reload": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )

@@ -222,6 +222,7 @@ log:
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -283,6 +284,8 @@ class KmodBuild:
         if found and facts and [each["path"] for each in facts] == list(found.values()) and record.get("method") == builder.method:
             packed = self.pack(of, found)
             return {"changed": packed, "modules": facts, "diff": {"before": self.shown(result), "after": self.shown(result)}, **result}
+        if found and not facts and record.get("source") == source:
+            return self.adopt(builder, found, record, {"archive": stamp, "source": source, "version": version, "of": of, "method": builder.method}, result)
         before = record.get("kernels", {}).get(self.kernel, {})
         diff = {"before": "".join(f"{self.name} {each}, kernel {self.kernel}\n" for each in before), "after": self.shown(result)}
         _kmod_host.headers(self.kernel)
@@ -297,6 +300,24 @@ class KmodBuild:
                    "kernels": {**kernels, self.kernel: {result["version"]: facts}}})  # fmt: skip
         self.pack(of, {each["name"]: each["path"] for each in facts})
         return {"changed": True, "modules": facts, "taken": bool(ready), "diff": diff, **result}
+
+    def adopt(self, builder: _kmod_build.Builder, found: dict, record: dict, now: dict, result: dict) -> dict:
+        """Takes over what DKMS has built from this source by itself, for a kernel that came since. Nothing is built.
+
+        :raises KmodError: it does not fit its kernel.
+        """
+        facts = self.checked(found, builder.wanted["modules"])
+        if not self.module.check_mode:
+            self.save({**now, "kernels": {**record.get("kernels", {}), self.kernel: {result["version"]: facts}}})
+        packed = self.pack(now["of"], found)
+        return {"changed": packed, "modules": facts, "diff": {"before": self.shown(result), "after": self.shown(result)}, **result}
+
+    def checked(self, found: dict, modules: list) -> list[dict]:
+        """What is known of installed modules, ``{name: path}``, that were compared with the kernel."""
+        return [
+            {"name": name, "path": path, "signer": _kmod_host.info(path, "signer") or None,
+             **_kmod_host.check(path, self.kernel, name, [found[other] for other in modules if other != name])} for name, path in found.items()
+        ]  # fmt: skip
 
     def ready(self, of: dict, modules: list) -> dict | None:
         """The modules, ``{name: content}``, that were built before; None if there are none that fit."""
@@ -357,7 +378,8 @@ class KmodBuild:
         named = _kmod.dkms_setting(conf, "PACKAGE_NAME")
         if named and named != self.name:
             raise KmodError(f"the dkms.conf in {self.params['src']} is that of {named}, not of {self.name}")
-        recipe = {key: self.params[key] for key in ("make_args", "kernels", "modules", "sign_key", "sign_cert")}
+        recipe = {key: self.params[key] for key in ("make_args", "kernels", "modules", "sign_key")}
+        recipe["sign_cert"] = self.certificate()
         return _kmod.source_hash(files, {**recipe, "version": version}), version
 
     def stamp(self) -> list | None:
@@ -366,8 +388,16 @@ class KmodBuild:
         if not self.params["remote_src"] or not os.path.isfile(src):
             return None
         found = os.stat(src)
-        settings = [self.params[key] for key in ("src_path", "exclude", "patches", "version", "make_args", "kernels", "modules", "sign_key", "sign_cert")]
-        return [src, found.st_size, found.st_mtime_ns, *settings]
+        settings = [self.params[key] for key in ("src_path", "exclude", "patches", "version", "make_args", "kernels", "modules", "sign_key")]
+        return [src, found.st_size, found.st_mtime_ns, *settings, self.certificate()]
+
+    def certificate(self) -> str | None:
+        """What tells one certificate from another that takes its place."""
+        path = self.params["sign_cert"]
+        if not path:
+            return None
+        with open(path, "rb") as stream:
+            return f"{path} {hashlib.sha256(stream.read()).hexdigest()}"
 
     def check_keys(self) -> None:
         for option in ("sign_key", "sign_cert"):

@@ -116,6 +116,10 @@ devices:
           description: Its GIDs that are in use, each with C(index), C(gid), C(type) and C(netdev).
           type: list
           elements: dict
+    users:
+      description: What uses it, programs and kernel modules, in words.
+      type: list
+      elements: str
     limits:
       description:
         - What the device can do, each an integer. C(read_depth) is how many RDMA READs a queue pair may have under way, C(read_depth_served)
@@ -130,6 +134,7 @@ devices:
       transport: iwarp
       node_guid: "5054:00ff:fe77:0111"
       firmware: null
+      users: ["2 qp of the kernel module remote_ram"]
       ports:
         - port: 1
           state: ACTIVE
@@ -225,7 +230,9 @@ class RdmaInfo:
             if self.params["transport"]:
                 result["choice"] = _rdma.choose(self.params["transport"], netdev, found, drivers, _rdma_host.siw_source(kernel), kernel, card, state)
             found = _rdma.on_netdev(found, netdev)
+        resources = _rdma_host.resources() if found else {}
         for device in found:
+            device["users"] = _rdma.users(resources, device["name"])
             for port in device["ports"]:
                 port["netdev_mtu"] = interfaces.get(port["netdev"], {}).get("mtu")
             if self.params["limits"]:

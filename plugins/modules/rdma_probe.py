@@ -156,8 +156,8 @@ unit:
   type: str
   sample: hecaton-rdma-probe-7475.service
 reason:
-  description: Why it failed, as a word. Among others V(no_device), V(no_route), V(gid_mismatch), V(refused), V(firewall), V(mtu_mismatch),
-    V(transport_mismatch), V(read_depth), V(wrong_device), V(corrupt) and V(broken).
+  description: Why it failed, as a word. Among others V(no_device), V(no_route), V(gid_mismatch), V(refused), V(firewall), V(resources),
+    V(mtu_mismatch), V(transport_mismatch), V(read_depth), V(wrong_device), V(corrupt) and V(broken).
   returned: failure
   type: str
   sample: firewall
@@ -198,11 +198,21 @@ class RdmaProbe:
     def active(self) -> bool:
         return _rdma_host.run("systemctl", "is-active", "--quiet", self.unit, check=False).returncode == 0
 
+    def description(self) -> str:
+        return _rdma_host.run("systemctl", "show", "-P", "Description", self.unit).stdout.strip()
+
+    def left(self) -> float:
+        """Seconds that the listener still lives: an earlier run may have left it."""
+        lines = _rdma_host.run("systemctl", "show", "-p", "ActiveEnterTimestampMonotonic", "-p", "RuntimeMaxUSec", self.unit).stdout.splitlines()
+        shown = dict(line.split("=", 1) for line in lines if "=" in line)
+        lives = _rdma.seconds(shown.get("RuntimeMaxUSec", ""))
+        return lives + int(shown.get("ActiveEnterTimestampMonotonic") or 0) / 1e6 - time.clock_gettime(time.CLOCK_MONOTONIC)
+
     def listening(self) -> dict:
         address = self.params["address"]
         description = f"RDMA probes on {address} port {self.port}"
         listens = self.active()
-        if listens and _rdma_host.run("systemctl", "show", "-P", "Description", self.unit).stdout.strip() == description:
+        if listens and self.description() == description and self.left() > self.params["lifetime"] / 2:
             return {"changed": False, "unit": self.unit}
         if self.module.check_mode:
             return {"changed": True, "unit": self.unit}
@@ -252,7 +262,7 @@ class RdmaProbe:
         local = self.local_address(peer)
         _rdma_host.run("modprobe", "rdma_ucm")
         job = {"peer": peer, "port": self.port, "source": self.params["source"], "seed": secrets.token_hex(8)}
-        job.update({key: self.params[key] for key in ("length", "reads", "read_size", "seconds")})
+        job.update({key: self.params[key] for key in ("length", "reads", "read_size", "seconds", "timeout")})
         try:
             result = _rdma_probe.watched(lambda tell: _rdma_probe.probe(job, tell), self.params["timeout"])
         except ProbeError as err:

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 
 import jinja2
+import jinja2.nativetypes
 import pytest
 import yaml
 from ansible.plugins.filter import core, mathstuff
@@ -29,7 +30,7 @@ def render(name: str, **variables) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update({"regex_replace": core.regex_replace, "difference": mathstuff.difference})
+    environment.filters.update({"regex_replace": core.regex_replace, "difference": mathstuff.difference, "bool": core.to_bool})
     return environment.get_template(f"{name}.j2").render(ansible_managed="Ansible managed", **variables)
 
 
@@ -167,3 +168,18 @@ def test_a_peer_of_wireguard_is_known_by_its_public_key_and_reached_at_its_endpo
 def test_the_configuration_of_wireguard_has_no_private_key():
     text = wireguard("hv1")
     assert "PrivateKey" not in text and "PostUp = wg set %i private-key /etc/wireguard/%i.key\n" in text and "key of hv1" not in text
+
+
+@pytest.mark.parametrize(("variables", "devices", "wireguards"), [
+    (SIW, ["siw_mig0"], []), (RXE, ["rxe_mig0"], []), (MLX5, [], []),
+    ({**SIW, "rdma_device": "siw_hecaton0", "rdma_wireguard": True}, ["siw_hecaton0"], ["hecaton0"]), ({**SIW, "rdma_wireguard": "false"}, ["siw_mig0"], []),
+])  # fmt: skip
+def test_the_unit_tells_what_it_was_made_for(variables, devices, wireguards):
+    """So that it is removed also when the interface is another one by then."""
+    tasks = yaml.safe_load((TEMPLATES.parent / "tasks" / "previous.yml").read_text())
+    facts = next(task["ansible.builtin.set_fact"] for task in tasks if "ansible.builtin.set_fact" in task)
+    environment = jinja2.nativetypes.NativeEnvironment()
+    environment.filters["regex_findall"] = core.regex_findall
+    text = render("hecaton-rdma.service", **variables)
+    found = {name: environment.from_string(value).render(rdma_text=text) for name, value in facts.items() if value}
+    assert found == {"rdma_previous_devices": devices, "rdma_previous_wireguards": wireguards}

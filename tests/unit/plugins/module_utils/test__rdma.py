@@ -150,6 +150,7 @@ SEEN = {"peer": "10.0.0.2", "port": 7475, "local": "10.0.0.1", "netdev": "mig0",
     ("address", "No such device", {"devices": []}, "no_device"),
     ("address", "timed out", {"ping": False}, "no_route"),
     ("route", "RDMA_CM_EVENT_ROUTE_ERROR", {}, "gid_mismatch"),
+    ("resources", "Failed to register MR. Errno: 12, Cannot allocate memory", {}, "resources"),
     ("connect", "Connection refused", {}, "refused"),
     ("connect", "RDMA_CM_EVENT_REJECTED", {}, "refused"),
     ("connect", "not done in 60 s", {"ping": False}, "no_route"),
@@ -206,3 +207,8 @@ def test_the_first_byte_that_differs():
 
 def test_the_series_of_a_kernel():
     assert _rdma.series(KERNEL) == "6.12"
+
+
+@pytest.mark.parametrize(("span", "seconds"), [("15min", 900), ("1h 2min 3.500s", 3723.5), ("1d", 86400), ("infinity", 0), ("", 0), ("300ms", 0.3)])
+def test_a_span_of_time_as_systemd_shows_it(span, seconds):
+    assert _rdma.seconds(span) == pytest.approx(seconds)

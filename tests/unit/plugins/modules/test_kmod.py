@@ -135,6 +135,14 @@ def test_in_use_it_is_not_loaded_again(run, host):
     assert loads(host) == 1
 
 
+def test_one_that_is_not_to_be_loaded_again_stays(run, host):
+    """The kernel doesn't count what uses the devices of a driver, and takes them along with it."""
+    run(parameters={"window": 64})
+    kept = run(parameters={"window": 65}, reload=False)
+    assert not kept["failed"] and kept["reload_pending"] and kept["parameters"]["window"] == "64" and loads(host) == 1
+    assert any("asked not to be loaded again" in warning for warning in kept["warnings"])
+
+
 def test_a_parameter_that_can_be_written_is_written(run, host):
     run(parameters={"window": 64})
     (host / "sys" / "example" / "parameters" / "window").chmod(0o644)

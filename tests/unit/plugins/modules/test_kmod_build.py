@@ -361,3 +361,46 @@ def test_the_archive_that_is_sent_holds_the_source_alone(host):
     (host / "sent.tar").write_bytes(pack(str(host / "source"), ["tests"]))
     with tarfile.open(host / "sent.tar") as archive:
         assert archive.getnames() == ["Kbuild", "example.c"]
+
+
+def test_what_was_built_for_a_kernel_that_came_since_is_not_built_again(run, host):
+    """DKMS does that by itself: what it installed is checked and noted, and stays."""
+    first = run()
+    record = json.loads((host / "records" / "example.json").read_text())
+    record["kernels"] = {}
+    (host / "records" / "example.json").write_text(json.dumps(record))
+    again = run()
+    assert not again["changed"] and again["modules"] == first["modules"] and builds(host) == 1
+    assert json.loads((host / "records" / "example.json").read_text())["kernels"][KERNEL]
+
+
+def test_another_certificate_in_the_place_of_the_one_before_is_another_build(host):
+    """A module that was signed with the old key would be refused."""
+    for name in ("key", "cert"):
+        (host / name).write_text("one")
+
+    class Module:
+        params = {"sign_cert": str(host / "cert")}
+
+    builder = object.__new__(kmod_build.KmodBuild)
+    builder.params = Module.params
+    first = builder.certificate()
+    (host / "cert").write_text("two")
+    assert first and builder.certificate() != first
+    builder.params = {"sign_cert": None}
+    assert builder.certificate() is None
+
+
+def test_a_pattern_of_kernels_that_is_none_is_an_error(run, host):
+    result = run(kernels="6.12[")
+    assert result["failed"] and "is no regular expression" in result["msg"]
+
+
+@pytest.mark.parametrize("name", ["example.ko.xz", "example.ko.gz", "example.ko.zst"])
+def test_a_damaged_module_is_told_by_its_name(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"no module")
+    with pytest.raises((_kmod_host.KmodError, FileNotFoundError)) as caught:
+        _kmod_host.read_module(str(path))
+    # Without zstd it can't be known.
+    assert "is damaged" in str(caught.value) or (name.endswith("zst") and "zstd" in str(caught.value))

@@ -31,6 +31,8 @@ def run(monkeypatch, outcome):
     monkeypatch.setattr(_rdma_host, "driver_state", lambda kind: "loaded")
     monkeypatch.setattr(_rdma_host, "module_state", lambda module: "available")
     monkeypatch.setattr(_rdma_host, "siw_source", lambda kernel: None)
+    rows = {"qp": [{"ifname": "siw_mig0", "comm": "[remote_ram]"}, {"ifname": "siw_mig0", "comm": "[ib_core]"}]}
+    monkeypatch.setattr(_rdma_host, "resources", lambda: rows)
 
     def run(**args):
         return outcome(rdma_info.main, args)
@@ -42,6 +44,7 @@ def test_devices_have_the_mtu_of_their_interface_and_what_the_verbs_say(run, mon
     monkeypatch.setattr(_rdma_host, "verbs", lambda name, ports: {"limits": LIMITS, "ports": {1: {"mtu": 4096, "max_mtu": 4096, "gids": []}}})
     siw, mlx = run()["devices"]
     assert siw["ports"] == [{**PORT, "netdev": "mig0", "netdev_mtu": 9000, "mtu": 4096, "max_mtu": 4096, "gids": []}]
+    assert siw["users"] == ["1 qp of the kernel module remote_ram"] and mlx["users"] == []
     assert siw["limits"] == {**LIMITS, "memory_region_pages": 256}
     assert mlx["limits"]["memory_region_pages"] is None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 
 import pytest
 from ansible_collections.hecaton.fleet.plugins.module_utils import _rdma_host, _rdma_probe
@@ -22,6 +23,7 @@ class Host:
     def __init__(self):
         self.done = []
         self.listens = None  # the description of the unit that runs
+        self.began, self.lifetime = 0.0, "15min"  # when it began, and how long it lives
         self.starts = True
         self.answers = {}  # whether the peer answers: {size of the packets, None for small ones: whether}
         self.probe = {}  # what the probe finds
@@ -34,13 +36,16 @@ class Host:
         if words[0] == "systemctl":
             if words[1] == "is-active":
                 code = 0 if self.listens else 3
-            elif words[1] == "show":
+            elif words[1] == "show" and "Description" in words:
                 said = self.listens or ""
+            elif words[1] == "show":
+                said = f"RuntimeMaxUSec={self.lifetime}\nActiveEnterTimestampMonotonic={int(self.began * 1e6)}\n"
             elif words[1] == "stop":
                 self.done.append("stop")
                 self.listens = None
         elif words[0] == "systemd-run":
             self.done.append("start")
+            self.began = time.clock_gettime(time.CLOCK_MONOTONIC)
             self.listens = next(word.split("=", 1)[1] for word in words if word.startswith("--description=")) if self.starts else None
         elif words[0] == "journalctl":
             said = "listening\n" if self.listens else "can't listen on it\n"
@@ -150,6 +155,12 @@ def test_a_host_listens_once_and_ends_once(host, run):
     assert run(state="listening", address="10.77.1.99")["changed"], "another address is another listener"
     assert run(state="absent")["changed"] and not run(state="absent")["changed"]
     assert host.done == ["modprobe rdma_ucm", "start", "stop", "modprobe rdma_ucm", "start", "stop"]
+
+
+def test_a_listener_of_an_earlier_run_that_ends_soon_is_replaced(host, run):
+    assert run(state="listening", address=LOCAL)["changed"]
+    host.began -= 600
+    assert run(state="listening", address=LOCAL)["changed"] and host.done[-3:] == ["stop", "modprobe rdma_ucm", "start"]
 
 
 def test_check_mode_listens_to_nothing_and_reads_nothing(host, run):
