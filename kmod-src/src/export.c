@@ -89,7 +89,8 @@ enum rram_switch_step {
  * @next_heat: of the chunks that it looks for
  * @running: pre-copy runs
  * @begun: since when
- * @until: how long
+ * @until: how long, under the session's state_lock
+ * @stopped: since when no more offers are made, in jiffies; or 0
  * @precopy_us: how long it has run before
  * @stop_pages: see struct rram_precopy_args
  * @round: counts from 1
@@ -128,6 +129,7 @@ struct rram_source {
 	bool running;
 	ktime_t begun;
 	ktime_t until;
+	unsigned long stopped;
 	u64 precopy_us;
 	u64 stop_pages;
 	unsigned int round;
@@ -498,7 +500,8 @@ static bool rram_precopy_step(struct rram_session *s)
 	unsigned long mask[BITS_TO_LONGS(RRAM_CHUNK_PAGES)];
 	unsigned int max;
 
-	if (ktime_after(ktime_get(), src->until)) {
+	/* A time that is set meanwhile is seen in the next turn. */
+	if (ktime_after(ktime_get(), READ_ONCE(src->until))) {
 		rram_precopy_stop(s);
 		return true;
 	}
@@ -579,11 +582,12 @@ int rram_source_precopy(struct rram_session *s, struct rram_precopy_args *a)
 		WRITE_ONCE(s->args.bandwidth, a->bandwidth);
 	src->stop_pages = a->stop_pages;
 	if (!a->timeout_ms) {
+		spin_lock(&s->state_lock);
 		src->until = 0;
+		spin_unlock(&s->state_lock);
 		rram_poke(s);
 		return 0;
 	}
-	src->until = ktime_add_ms(ktime_get(), a->timeout_ms);
 	spin_lock(&s->state_lock);
 	if (s->state != RRAM_STATE_CONNECTED &&
 	    s->state != RRAM_STATE_PRECOPY) {
@@ -591,6 +595,7 @@ int rram_source_precopy(struct rram_session *s, struct rram_precopy_args *a)
 		return rram_switched(s->state) ? -EBUSY : -ENOTCONN;
 	}
 	s->state = RRAM_STATE_PRECOPY;
+	src->until = ktime_add_ms(ktime_get(), a->timeout_ms);
 	spin_unlock(&s->state_lock);
 	wake_up_all(&s->changed);
 	rram_poke(s);
@@ -1095,16 +1100,41 @@ bool rram_source_message(struct rram_session *s, struct rram_buf *b)
 	}
 }
 
+/*
+ * Whether pre-copy that makes no more offers has ended: those that it made are
+ * settled, or have not been for as long as a peer may be silent. The switch
+ * counts them as not taken.
+ */
+static bool rram_precopy_over(struct rram_session *s)
+{
+	struct rram_source *src = s->src;
+	unsigned int i;
+
+	if (time_after(jiffies, src->stopped +
+				msecs_to_jiffies(s->args.dead_ms)))
+		return true;
+	/* Offers of nothing but zeroes count no bytes. */
+	for (i = 0; i < RRAM_WINDOW && !src->offered[i].used; i++)
+		;
+	return i == RRAM_WINDOW && !src->outstanding;
+}
+
 /* One turn of the source's work. Returns true if there is more at once. */
 bool rram_source_step(struct rram_session *s)
 {
 	struct rram_source *src = s->src;
-	enum rram_state state = rram_get_state(s, NULL);
+	enum rram_state state;
 	bool more = false;
+	ktime_t until;
 
-	if (state == RRAM_STATE_PRECOPY && !src->running && src->until &&
-	    ktime_before(ktime_get(), src->until)) {
+	spin_lock(&s->state_lock);
+	state = s->state;
+	until = src->until;
+	spin_unlock(&s->state_lock);
+	if (state == RRAM_STATE_PRECOPY && !src->running && until &&
+	    ktime_before(ktime_get(), until)) {
 		src->running = true;
+		src->stopped = 0;
 		src->begun = ktime_get();
 		src->rate_at = src->begun;
 		src->rate_bytes = 0;
@@ -1113,17 +1143,18 @@ bool rram_source_step(struct rram_session *s)
 		return rram_switch_step(s);
 	if (src->running)
 		more = rram_precopy_step(s);
-	if (!src->running && state == RRAM_STATE_PRECOPY && !src->outstanding) {
-		unsigned int i;
-
-		/* Offers of nothing but zeroes count no bytes. */
-		for (i = 0; i < RRAM_WINDOW && !src->offered[i].used; i++)
-			;
-		if (i == RRAM_WINDOW) {
-			src->until = 0;
+	if (!src->running && state == RRAM_STATE_PRECOPY) {
+		if (!src->stopped)
+			src->stopped = jiffies ?: 1;
+		if (rram_precopy_over(s)) {
+			src->stopped = 0;
 			spin_lock(&s->state_lock);
-			if (s->state == RRAM_STATE_PRECOPY)
+			/* Not if it has been asked to go on meanwhile. */
+			if (s->state == RRAM_STATE_PRECOPY &&
+			    src->until == until) {
+				src->until = 0;
 				s->state = RRAM_STATE_CONNECTED;
+			}
 			spin_unlock(&s->state_lock);
 			wake_up_all(&s->changed);
 		}

@@ -48,6 +48,9 @@ struct rram_key {
  * @offers: OFFERs that are not through, oldest first
  * @done: OFFERs to confirm, under @fetch_lock
  * @nr_offers: OFFERs in both lists, or between them
+ * @short_since: since when there is no room for pages ahead, in jiffies; or 0
+ * @stuck: chunk whose key has to come first, and is waited for
+ * @stuck_since: since when
  * @fetch_lock: @urgent, @bulk, @queue, @done
  * @urgent: READs of one page that are free
  * @queue: those who wait for one, in order; empty if there are any
@@ -81,6 +84,9 @@ struct rram_dest {
 	struct list_head offers;
 	struct list_head done;
 	unsigned int nr_offers;
+	unsigned long short_since;
+	unsigned long stuck;
+	unsigned long stuck_since;
 	spinlock_t fetch_lock;	/* urgent, bulk, queue, done */
 	struct list_head urgent;
 	struct list_head queue;
@@ -547,7 +553,7 @@ void rram_dest_fault(struct rram_session *s, unsigned long index)
 /*
  * READs up to @nr pages from @first on into one request; all in one chunk.
  * Stops before a page that somebody else has taken. Returns how many pages it
- * has dealt with, or an error when it has to wait.
+ * has dealt with, or an error when it has to wait: -ENOSPC for room.
  */
 static int rram_pull(struct rram_session *s, unsigned long first,
 		     unsigned int nr, enum rram_cause cause,
@@ -557,7 +563,7 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 	struct rram_fetch *r;
 	struct rram_key key;
 	unsigned int n = 0;
-	int err;
+	int err = -EBUSY;
 
 	if (!rram_get_key(s, first, &key))
 		return -EAGAIN;
@@ -582,13 +588,15 @@ static int rram_pull(struct rram_session *s, unsigned long first,
 		folio = rram_grab_charged(s, index);
 		if (IS_ERR(folio)) {
 			rram_untake(f, index);
+			if (rram_no_room(PTR_ERR(folio)))
+				err = -ENOSPC;
 			break;
 		}
 		r->folio[n++] = folio;
 	}
 	if (!n) {
 		rram_fetch_put(r);
-		return -EBUSY;
+		return err;
 	}
 	r->first = first;
 	r->nr = n;
@@ -654,6 +662,20 @@ static void rram_take_zero(struct rram_session *s, unsigned long first,
 	}
 }
 
+/*
+ * Whether there has been no room for pages for as long as a peer may be silent.
+ * Before the switch the VM had better stay where it is.
+ */
+static bool rram_short(struct rram_session *s)
+{
+	struct rram_dest *dst = s->dst;
+
+	if (!dst->short_since)
+		dst->short_since = jiffies ?: 1;
+	return time_after(jiffies, dst->short_since +
+				   msecs_to_jiffies(s->args.dead_ms));
+}
+
 /* Goes on with the offers. Returns true if there is more to do at once. */
 static bool rram_offers_step(struct rram_session *s)
 {
@@ -675,8 +697,11 @@ static bool rram_offers_step(struct rram_session *s)
 			n = rram_pull(s, o->first + first + o->at,
 				      min(nr - o->at, s->batch),
 				      RRAM_CAUSE_AHEAD, o);
+			if (n == -ENOSPC && rram_short(s))
+				rram_fail(s, RRAM_REASON_NO_MEMORY);
 			if (n < 0)
 				return false;	/* a completion will wake us */
+			dst->short_since = 0;
 			o->at += n;
 			if (o->at == nr) {
 				o->at = 0;
@@ -1099,6 +1124,21 @@ static void rram_ask_for_keys(struct rram_session *s)
 }
 
 /*
+ * Whether a chunk's key has been waited for so long that others go first: the
+ * source may be unable to read one of its pages.
+ */
+static bool rram_stuck(struct rram_session *s, unsigned long chunk)
+{
+	struct rram_dest *dst = s->dst;
+
+	if (dst->stuck != chunk || !dst->stuck_since) {
+		dst->stuck = chunk;
+		dst->stuck_since = jiffies ?: 1;
+	}
+	return time_after(jiffies, dst->stuck_since + HZ);
+}
+
+/*
  * READs the next pages that nobody waits for, @most at most. Returns how many,
  * or an error when there is nothing to do for now.
  */
@@ -1130,6 +1170,9 @@ static int rram_pull_next(struct rram_session *s, unsigned int most)
 		return 0;
 	n = rram_pull(s, run.first, run.nr, bubble ?
 		      RRAM_CAUSE_BUBBLE : RRAM_CAUSE_BACKGROUND, NULL);
+	/* It is found again when all the rest was looked at. */
+	if (n == -EAGAIN && rram_stuck(s, run.first >> RRAM_CHUNK_SHIFT))
+		return 0;
 	if (n < 0) {
 		spin_lock(&dst->order_lock);
 		rram_order_failed(&dst->order, run.first);

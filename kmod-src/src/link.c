@@ -7,7 +7,9 @@
  * happened and wakes it.
  */
 #include <linux/inet.h>
+#include <linux/random.h>
 #include <linux/sched/signal.h>
+#include <linux/siphash.h>
 #include <rdma/ib_cm.h>
 
 #include "remote_ram.h"
@@ -15,6 +17,8 @@
 
 #define RRAM_STEP_MS	2000	/* for each step of connecting */
 #define RRAM_BACKLOG	8
+#define RRAM_PAUSE_MS	100	/* between two attempts to connect, at first */
+#define RRAM_PAUSE_MOST	2000	/* and at last */
 
 static bool rram_needs_sink_key(struct ib_device *dev)
 {
@@ -41,6 +45,50 @@ static void rram_link_note(struct rram_link *l, int stage, bool failed,
 	rram_poke(l->s);
 }
 
+/*
+ * What only somebody can say of a request who knows the session's secret:
+ * SipHash-2-4 with the secret as its key. Who listens in the destination's
+ * place, or connects in the source's, does not learn the secret by that, and
+ * an answer fits one request alone.
+ */
+static __le64 rram_proof(struct rram_session *s, const struct rram_hello *h,
+			 enum rram_role who)
+{
+	struct {
+		struct rram_hello hello;
+		u8 who;
+	} __packed said = { .hello = *h, .who = who };
+	siphash_key_t key;
+	__le64 word[2];
+	u64 proof;
+
+	BUILD_BUG_ON(sizeof(word) != RRAM_TOKEN_LEN);
+	memcpy(word, s->args.token, sizeof(word));
+	key.key[0] = le64_to_cpu(word[0]);
+	key.key[1] = le64_to_cpu(word[1]);
+	said.hello.proof = 0;
+	proof = siphash(&said, sizeof(said), &key);
+	memzero_explicit(&key, sizeof(key));
+	memzero_explicit(word, sizeof(word));
+	return cpu_to_le64(proof);
+}
+
+/* Whether who has accepted is the destination; the reason if not. */
+static int rram_judge_answer(struct rram_link *l, struct rdma_cm_event *ev)
+{
+	const struct rram_answer *answer = ev->param.conn.private_data;
+
+	if (!answer || ev->param.conn.private_data_len < sizeof(*answer) ||
+	    le32_to_cpu(answer->magic) != RRAM_MAGIC || answer->reason)
+		return RRAM_REASON_PROTOCOL;
+	if (le16_to_cpu(answer->version) != RRAM_WIRE_VERSION)
+		return RRAM_REASON_VERSION;
+	/* Says nothing by the time it takes. */
+	if (crypto_memneq(&answer->proof, &l->proof, sizeof(l->proof)))
+		return RRAM_REASON_TOKEN;
+	return RRAM_REASON_NONE;
+}
+
 static int rram_reject_reason(struct rdma_cm_event *ev)
 {
 	/*
@@ -48,17 +96,23 @@ static int rram_reject_reason(struct rdma_cm_event *ev)
 	 * which that does not take for one. The magic number tells.
 	 */
 	const struct rram_answer *answer = ev->param.conn.private_data;
+	int reason;
 
-	if (!answer || ev->param.conn.private_data_len < sizeof(*answer) ||
+	if (!answer || ev->param.conn.private_data_len <
+		       offsetofend(struct rram_answer, reason) ||
 	    le32_to_cpu(answer->magic) != RRAM_MAGIC)
 		return RRAM_REASON_UNREACHABLE;
-	return le16_to_cpu(answer->reason);
+	reason = le16_to_cpu(answer->reason);
+	/* One that this side does not know can't be shown. */
+	return reason > RRAM_REASON_NONE && reason <= RRAM_REASON_DEVICE ?
+	       reason : RRAM_REASON_PROTOCOL;
 }
 
 /* For the two links, on both sides. */
 static int rram_link_event(struct rdma_cm_id *id, struct rdma_cm_event *ev)
 {
 	struct rram_link *l = id->context;
+	int reason;
 
 	trace_rram_cm(l->s->f, ev->event, ev->status);
 	switch (ev->event) {
@@ -67,6 +121,12 @@ static int rram_link_event(struct rdma_cm_id *id, struct rdma_cm_event *ev)
 		rram_link_note(l, ev->event, false, 0);
 		break;
 	case RDMA_CM_EVENT_ESTABLISHED:
+		reason = l->s->role == RRAM_ROLE_SOURCE ?
+			 rram_judge_answer(l, ev) : RRAM_REASON_NONE;
+		if (reason) {
+			rram_link_note(l, 0, true, reason);
+			break;
+		}
 		l->up = true;
 		rram_link_note(l, ev->event, false, 0);
 		break;
@@ -545,6 +605,15 @@ static int rram_use_device(struct rram_session *s, struct ib_device *dev)
 	if (!(dev->attrs.device_cap_flags & IB_DEVICE_MEM_MGT_EXTENSIONS) ||
 	    !dev->attrs.max_qp_rd_atom)
 		return -EOPNOTSUPP;
+	/* A chunk has one key. */
+	if (s->role == RRAM_ROLE_SOURCE &&
+	    dev->attrs.max_fast_reg_page_list_len < RRAM_CHUNK_PAGES) {
+		pr_warn_ratelimited("remote_ram: %s takes keys of %u pages, %lu are needed\n",
+				    dev_name(&dev->dev),
+				    dev->attrs.max_fast_reg_page_list_len,
+				    (unsigned long)RRAM_CHUNK_PAGES);
+		return -EOPNOTSUPP;
+	}
 	/* At the latest after the switch each chunk has a key. */
 	if (s->role == RRAM_ROLE_SOURCE &&
 	    s->f->npages >> RRAM_CHUNK_SHIFT >= dev->attrs.max_mr)
@@ -571,6 +640,24 @@ static int rram_use_device(struct rram_session *s, struct ib_device *dev)
 		return err;
 	}
 	return 0;
+}
+
+/*
+ * The core has completions of the urgent link handled in a soft interrupt. Of
+ * a device that tells of them from a thread, as software devices do, that is
+ * left to ksoftirqd, which waits for its turn on the CPU. When bottom halves
+ * are enabled again what is pending is done at once.
+ */
+static void rram_completion(struct ib_cq *cq, void *context)
+{
+	struct rram_session *s = context;
+	bool thread = in_task() && !irqs_disabled();
+
+	if (thread)
+		local_bh_disable();
+	s->link[RRAM_LINK_URGENT].complete(cq, context);
+	if (thread)
+		local_bh_enable();
 }
 
 static int rram_make_qp(struct rram_session *s, enum rram_link_kind kind)
@@ -618,6 +705,11 @@ static int rram_make_qp(struct rram_session *s, enum rram_link_kind kind)
 		err = PTR_ERR(l->cq);
 		l->cq = NULL;
 		return err;
+	}
+	if (!bulk) {
+		/* No queue pair uses it yet, so nothing calls it. */
+		l->complete = l->cq->comp_handler;
+		l->cq->comp_handler = rram_completion;
 	}
 	attr.send_cq = l->cq;
 	attr.recv_cq = l->cq;
@@ -746,6 +838,7 @@ static int rram_connect_link(struct rram_session *s, enum rram_link_kind kind)
 		.link = kind,
 		.bytes = cpu_to_le64((u64)s->f->npages << PAGE_SHIFT),
 		.epoch = cpu_to_le32(s->epoch),
+		.nonce = cpu_to_le64(get_random_u64()),
 	};
 	struct rdma_conn_param param = {
 		.private_data = &hello,
@@ -759,7 +852,8 @@ static int rram_connect_link(struct rram_session *s, enum rram_link_kind kind)
 	l->s = s;
 	l->stage = -1;
 	memcpy(hello.uuid, s->args.uuid, RRAM_UUID_LEN);
-	memcpy(hello.token, s->args.token, RRAM_TOKEN_LEN);
+	hello.proof = rram_proof(s, &hello, RRAM_ROLE_SOURCE);
+	l->proof = rram_proof(s, &hello, RRAM_ROLE_DESTINATION);
 	l->id = rdma_create_id(s->net, rram_link_event, l, RDMA_PS_TCP,
 			       IB_QPT_RC);
 	if (IS_ERR(l->id)) {
@@ -788,9 +882,7 @@ static int rram_connect_link(struct rram_session *s, enum rram_link_kind kind)
 	err = rdma_connect(l->id, &param);
 	cancel_delayed_work_sync(&s->hurry);
 	flush_signals(current);
-	err = err ?: rram_await_stage(l, RDMA_CM_EVENT_ESTABLISHED);
-	memzero_explicit(&hello, sizeof(hello));
-	return err;
+	return err ?: rram_await_stage(l, RDMA_CM_EVENT_ESTABLISHED);
 }
 
 /*
@@ -802,7 +894,7 @@ int rram_connect(struct rram_session *s)
 {
 	unsigned long end = jiffies + msecs_to_jiffies(s->args.connect_ms);
 	bool again = rram_get_state(s, NULL) == RRAM_STATE_RECONNECTING;
-	unsigned int pause = 50, kind;
+	unsigned int kind;
 	int err = 0, reason;
 
 	for (;;) {
@@ -817,12 +909,14 @@ int rram_connect(struct rram_session *s)
 			}
 		}
 		if (!err) {
+			s->pause = 0;
 			rram_linked(s);
 			return 0;
 		}
 		rram_unlink(s);
 		rram_set_state(s, again ? RRAM_STATE_RECONNECTING :
 					  RRAM_STATE_CONNECTING, reason);
+		s->pause = clamp(2 * s->pause, RRAM_PAUSE_MS, RRAM_PAUSE_MOST);
 		if (again || READ_ONCE(s->aborted) ||
 		    time_after(jiffies, end) ||
 		    (reason != RRAM_REASON_UNREACHABLE &&
@@ -831,13 +925,12 @@ int rram_connect(struct rram_session *s)
 			break;
 		wait_event_interruptible_timeout(s->wake,
 						 READ_ONCE(s->aborted),
-						 msecs_to_jiffies(pause));
-		pause = min(2 * pause, 1000U);
+						 msecs_to_jiffies(s->pause));
 	}
 	if (again)
 		/* Not without a break; a destination's word is not final. */
 		wait_event_interruptible_timeout(s->wake, READ_ONCE(s->aborted),
-						 msecs_to_jiffies(200));
+						 msecs_to_jiffies(s->pause));
 	return err;
 }
 
@@ -845,6 +938,7 @@ int rram_connect(struct rram_session *s)
 static int rram_judge(struct rram_session *s, const struct rram_hello *h)
 {
 	enum rram_state state = rram_get_state(s, NULL);
+	__le64 proof = rram_proof(s, h, RRAM_ROLE_SOURCE);
 
 	if (le32_to_cpu(h->magic) != RRAM_MAGIC || h->link >= RRAM_LINKS ||
 	    h->flags)
@@ -854,8 +948,11 @@ static int rram_judge(struct rram_session *s, const struct rram_hello *h)
 	if (memcmp(h->uuid, s->args.uuid, RRAM_UUID_LEN))
 		return RRAM_REASON_UUID;
 	/* Says nothing by the time it takes. */
-	if (crypto_memneq(h->token, s->args.token, RRAM_TOKEN_LEN))
+	if (crypto_memneq(&h->proof, &proof, sizeof(proof)))
 		return RRAM_REASON_TOKEN;
+	/* Said before: by a source that begins anew, or by who has listened in. */
+	if (le32_to_cpu(h->epoch) <= s->came[h->link])
+		return RRAM_REASON_BUSY;
 	if (le64_to_cpu(h->bytes) != (u64)s->f->npages << PAGE_SHIFT)
 		return RRAM_REASON_SIZE;
 	/* Who has not heard yet that all is in may come and be told. */
@@ -892,6 +989,7 @@ static int rram_accept(struct rram_session *s, struct rram_request *r)
 	struct rram_answer answer = {
 		.magic = cpu_to_le32(RRAM_MAGIC),
 		.version = cpu_to_le16(RRAM_WIRE_VERSION),
+		.proof = rram_proof(s, &r->hello, RRAM_ROLE_DESTINATION),
 	};
 	struct rram_link *l = &s->link[r->hello.link];
 	struct rdma_conn_param param = {
@@ -947,6 +1045,10 @@ void rram_serve_requests(struct rram_session *s)
 					    reason);
 			rram_reject(r->id, reason);
 			kfree(r);
+			/* For who waits here and wonders why nobody comes. */
+			if (!s->linked)
+				rram_set_state(s, rram_get_state(s, NULL),
+					       reason);
 			continue;
 		}
 		other = &s->link[!r->hello.link];
@@ -955,6 +1057,7 @@ void rram_serve_requests(struct rram_session *s)
 		    (other->id && le32_to_cpu(r->hello.epoch) != s->epoch))
 			rram_unlink(s);
 		s->epoch = le32_to_cpu(r->hello.epoch);
+		s->came[r->hello.link] = s->epoch;
 		if (rram_accept(s, r)) {
 			rram_unlink(s);
 		} else if (s->link[0].up && s->link[1].up &&

@@ -195,20 +195,24 @@ struct rram_buf {
  * @s: its session
  * @id: communication identifier, with the queue pair
  * @cq: completion queue
+ * @complete: how the core handles what it tells of, see rram_completion()
  * @stage: how far connecting has got: the last event's enum rdma_cm_event_type
  * @failed: it will not get further
  * @reason: enum rram_reason, with @failed
  * @up: established
+ * @proof: source: what the destination's answer has to prove, of this request
  * @sink_keys: READs on it need a key for where they write
  */
 struct rram_link {
 	struct rram_session *s;
 	struct rdma_cm_id *id;
 	struct ib_cq *cq;
+	ib_comp_handler complete;
 	int stage;
 	bool failed;
 	int reason;
 	bool up;
+	__le64 proof;
 	bool sink_keys;
 };
 
@@ -244,6 +248,8 @@ struct rram_dest;
  * @net: network namespace of whoever made the session
  * @args: what the session was made with, defaults filled in
  * @epoch: number of the connection
+ * @came: destination: the last that each link came with
+ * @pause: ms until the source tries again
  * @sessions: in the list of those that a device has to ask before it goes
  * @dev: device of the connection, or of the one before
  * @evicted: it goes away, and all on it has to be given up
@@ -293,6 +299,8 @@ struct rram_session {
 	struct net *net;
 	struct rram_session_args args;
 	u32 epoch;
+	u32 came[RRAM_LINKS];
+	unsigned int pause;
 
 	struct list_head sessions;
 	struct ib_device *dev;

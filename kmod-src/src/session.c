@@ -149,7 +149,8 @@ static void rram_say_abort(struct rram_session *s)
 		return;
 	b = rram_msg_new(s, RRAM_MSG_ABORT);
 	m = b->data;
-	m->reason = cpu_to_le32(RRAM_REASON_ABORTED);
+	m->reason = cpu_to_le32(s->reason == RRAM_REASON_NO_MEMORY ?
+				RRAM_REASON_NO_MEMORY : RRAM_REASON_ABORTED);
 	rram_msg_send(s, b, sizeof(*m));
 	rram_msg_flush(s);
 }
@@ -201,6 +202,9 @@ static bool rram_messages(struct rram_session *s)
 			/* After the switch: a source that took the VM back. */
 			rram_fail(s, b->bytes < sizeof(*abort) ?
 				     RRAM_REASON_PROTOCOL :
+				     le32_to_cpu(abort->reason) ==
+				     RRAM_REASON_NO_MEMORY ?
+				     RRAM_REASON_NO_MEMORY :
 				     RRAM_REASON_PEER_ABORTED);
 			break;
 		default:

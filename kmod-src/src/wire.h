@@ -33,9 +33,11 @@ enum rram_link_kind {
  * @link: enum rram_link_kind
  * @flags: must be 0
  * @uuid: which VM
- * @token: the session's secret
  * @bytes: size of the file
  * @epoch: counts the connections of a session, from 1
+ * @nonce: chosen at random for this request
+ * @proof: that the source knows the session's secret, which nobody is told:
+ *	see rram_proof()
  *
  * 52 bytes: RDMA CM leaves 56 on InfiniBand and RoCE.
  */
@@ -45,9 +47,10 @@ struct rram_hello {
 	__u8 link;
 	__u8 flags;
 	__u8 uuid[RRAM_UUID_LEN];
-	__u8 token[RRAM_TOKEN_LEN];
 	__le64 bytes;
 	__le32 epoch;
+	__le64 nonce;
+	__le64 proof;
 } __packed;
 
 /**
@@ -55,11 +58,13 @@ struct rram_hello {
  * @magic: RRAM_MAGIC
  * @version: what the answering side speaks
  * @reason: enum rram_reason; 0 in an accept
+ * @proof: in an accept: that the destination knows the session's secret
  */
 struct rram_answer {
 	__le32 magic;
 	__le16 version;
 	__le16 reason;
+	__le64 proof;
 } __packed;
 
 enum rram_msg_type {

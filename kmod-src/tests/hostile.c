@@ -8,8 +8,9 @@
  *
  *   connect LINK ADDRESS PORT HEX   private data; {"connected", "answer"}
  *   listen ADDRESS                  {"port"}
- *   accept LINK HEX                 the next that connects; {"hello"}
- *   reject HEX                      the next that connects; {"hello"}
+ *   await                           the next that connects; {"hello"}
+ *   accept LINK HEX                 that one; {"accepted": true}
+ *   reject HEX                      that one; {"rejected": true}
  *   send LINK HEX                   {"status"}
  *   invalidate LINK RKEY HEX        SEND with invalidate; {"status"}
  *   recv LINK MS                    {"message"}: hex, or null; {"gone": true}
@@ -47,6 +48,7 @@ static int patience_ms = 5000;
 static struct link links[LINKS];
 static struct rdma_event_channel *listening;
 static struct rdma_cm_id *listener;
+static struct rdma_cm_id *waiting;	/* it wants to connect */
 
 static void hex(const void *data, size_t bytes)
 {
@@ -252,7 +254,7 @@ static void do_listen(const char *address)
 }
 
 /* The next request to connect; others' ends are passed over. */
-static struct rdma_cm_event *next_request(void)
+static void do_await(void)
 {
 	struct rdma_cm_event *event;
 
@@ -261,26 +263,24 @@ static struct rdma_cm_event *next_request(void)
 			break;
 		rdma_ack_cm_event(event);
 	}
-	if (!event)
+	if (!event) {
 		puts("{\"error\": \"nobody connects\"}");
-	return event;
+		return;
+	}
+	waiting = event->id;
+	printf("{\"hello\": ");
+	hex(event->param.conn.private_data, event->param.conn.private_data_len);
+	puts("}");
+	rdma_ack_cm_event(event);
 }
 
 static void do_accept(struct link *l, const char *data, size_t bytes)
 {
 	struct rdma_conn_param param = param_of(data, bytes);
-	struct rdma_cm_event *event;
-	char hello[256];
-	size_t got;
 
 	drop(l);
-	event = next_request();
-	if (!event)
-		return;
-	l->id = event->id;
-	got = event->param.conn.private_data_len;
-	memcpy(hello, event->param.conn.private_data, got);
-	rdma_ack_cm_event(event);
+	l->id = waiting;
+	waiting = NULL;
 	l->events = rdma_create_event_channel();
 	if (!l->events || rdma_migrate_id(l->id, l->events)) {
 		failed("rdma_cm");
@@ -288,27 +288,16 @@ static void do_accept(struct link *l, const char *data, size_t bytes)
 	}
 	if (!make_qp(l))
 		return;
-	if (!step(l, rdma_accept(l->id, &param), RDMA_CM_EVENT_ESTABLISHED))
-		return;
-	printf("{\"hello\": ");
-	hex(hello, got);
-	puts("}");
+	if (step(l, rdma_accept(l->id, &param), RDMA_CM_EVENT_ESTABLISHED))
+		puts("{\"accepted\": true}");
 }
 
 static void do_reject(const char *data, size_t bytes)
 {
-	struct rdma_cm_event *event = next_request();
-	struct rdma_cm_id *id;
-
-	if (!event)
-		return;
-	id = event->id;
-	printf("{\"hello\": ");
-	hex(event->param.conn.private_data, event->param.conn.private_data_len);
-	puts("}");
-	rdma_ack_cm_event(event);
-	rdma_reject(id, data, bytes);
-	rdma_destroy_id(id);
+	rdma_reject(waiting, data, bytes);
+	rdma_destroy_id(waiting);
+	waiting = NULL;
+	puts("{\"rejected\": true}");
 }
 
 /* Posts, waits, and prints the status without the closing bracket. */
@@ -385,6 +374,10 @@ static void obey(char *line)
 	for (line = strtok_r(line, " \n", &save); line && n < 8;
 	     line = strtok_r(NULL, " \n", &save))
 		word[n++] = line;
+	if (n == 1 && !strcmp(word[0], "await")) {
+		do_await();
+		return;
+	}
 	if (n < 2) {
 		puts("{\"error\": \"no command\"}");
 		return;
@@ -393,6 +386,10 @@ static void obey(char *line)
 	bytes = unhex(word[n - 1], data);
 	if (!strcmp(word[0], "listen")) {
 		do_listen(word[1]);
+		return;
+	}
+	if (!waiting && (!strcmp(word[0], "reject") || !strcmp(word[0], "accept"))) {
+		puts("{\"error\": \"nobody waits\"}");
 		return;
 	}
 	if (!strcmp(word[0], "reject")) {

@@ -7,6 +7,8 @@
  * Built with -DSELFTEST it is an ordinary process that takes its words as arguments and talks on stdin and stdout.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -19,6 +21,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,6 +43,7 @@ enum pattern { SEQ, RANDOM, HOT };
 
 static struct {
 	uint64_t mib, bloat_mib, zero_mib, hot_mib, seed, report_s, sweep_s, tick_ms, zero_every, available_mib;
+	uint64_t churn_mib;
 	int64_t rate; /* MiB/s; 0: as fast as it goes; below 0: not at all */
 	enum pattern pattern;
 } config = { .mib = 48, .hot_mib = 8, .seed = 1, .report_s = 1, .sweep_s = 10, .tick_ms = 5, .zero_every = 64 };
@@ -536,6 +540,32 @@ static void sweep(uint64_t passed)
 	}
 }
 
+static void *allocate(size_t bytes)
+{
+	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return NULL;
+	mlock(memory, bytes);
+	return memory;
+}
+
+/* Takes memory and gives it back again, so that there is free memory of which the kernel can tell its hypervisor. */
+static void churn(void)
+{
+	static uint64_t changed;
+	static void *taken;
+	size_t bytes = (size_t)config.churn_mib << 20;
+
+	if (!config.churn_mib || last_ns - changed < (taken ? 2 : 4) * SECOND)
+		return;
+	changed = last_ns;
+	if (taken)
+		munmap(taken, bytes);
+	taken = taken ? NULL : allocate(bytes);
+	lap(UINT64_MAX);
+}
+
 static void loop(void)
 {
 	uint64_t before = last_ns, reported = last_ns, read_at = 0;
@@ -546,6 +576,7 @@ static void loop(void)
 		before = begin;
 		dirty(passed);
 		sweep(passed);
+		churn();
 		if (last_ns - read_at > 20 * MS) {
 			read_at = last_ns;
 			read_commands();
@@ -584,6 +615,7 @@ static void read_word(const char *word)
 		{ "seed", &config.seed },	  { "report", &config.report_s },
 		{ "sweep", &config.sweep_s },	  { "tick", &config.tick_ms },
 		{ "zero_every", &config.zero_every }, { "available_mib", &config.available_mib },
+		{ "churn_mib", &config.churn_mib },
 	};
 	const char *value = strchr(word, '=');
 	size_t length;
@@ -630,16 +662,6 @@ static uint64_t take(uint64_t wanted, uint64_t *left)
 
 	*left -= taken;
 	return taken;
-}
-
-static void *allocate(size_t bytes)
-{
-	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-
-	if (memory == MAP_FAILED)
-		return NULL;
-	mlock(memory, bytes);
-	return memory;
 }
 
 static bool prepare(void)
@@ -690,6 +712,24 @@ static void start(int argc, char **argv)
 		read_word(argv[i]);
 }
 #else
+/* Loads what is in /modules, in the order of the names. */
+static void load_modules(void)
+{
+	struct dirent **entries;
+	int n = scandir("/modules", &entries, NULL, alphasort);
+
+	for (int i = 0; i < n; i++) {
+		char path[300];
+		int file;
+
+		snprintf(path, sizeof(path), "/modules/%s", entries[i]->d_name);
+		file = open(path, O_RDONLY);
+		if (entries[i]->d_type != DT_DIR && (file < 0 || syscall(SYS_finit_module, file, "", 0)))
+			say("{\"error\":\"module\",\"path\":\"%s\",\"errno\":%d}", path, errno);
+		close(file);
+	}
+}
+
 static void start(int argc, char **argv)
 {
 	static char words[4096];
@@ -717,6 +757,7 @@ static void start(int argc, char **argv)
 	words[length > 0 ? length : 0] = 0;
 	for (char *word = strtok(words, " \n"); word; word = strtok(NULL, " \n"))
 		read_word(word);
+	load_modules();
 }
 #endif
 

@@ -9,7 +9,25 @@ import time
 
 import pytest
 
-from hosts import BACKGROUND, BANDWIDTH, BUSY_POLL_US, COMPLETE, CONNECTED, FAILED, LOAD, LOST, POSTCOPY, RECONNECTING, UNLOAD, cut, slow, slow_down, wait_for
+from hosts import (
+    BACKGROUND,
+    BANDWIDTH,
+    BUSY_POLL_US,
+    COMPLETE,
+    CONNECTED,
+    FAILED,
+    LOAD,
+    LOST,
+    POSTCOPY,
+    REASONS,
+    RECONNECTING,
+    UNLOAD,
+    Program,
+    cut,
+    slow,
+    slow_down,
+    wait_for,
+)
 
 QUICK = {"heartbeat_ms": 300, "dead_ms": 1500}
 
@@ -130,6 +148,53 @@ def test_cut_during_pre_copy(ram, how):
     file.complete()
 
 
+@pytest.mark.parametrize("seconds", [1, 10])
+def test_a_cut_of_pre_copy_is_survived_if_it_is_short(ram, seconds):
+    """Rule 3: the connection makes up for what takes less than a peer may be silent; after more the VM stays."""
+    file = ram().connect()
+    writer = file.run("wzhp")
+    file.src("precopy", ms=60000)
+    wait_for(lambda: file.src("stats")["pages_ahead"] > 50)
+    with cut(file.dest, "drop"):
+        time.sleep(slow(seconds))
+    if seconds > 5:
+        for side in (file.src, file.dst):
+            assert side("wait", states=[], ms=60000)[0] == FAILED
+        file.release()
+        file.connect()
+    file.precopy(300)
+    assert writer.tell("stop")["bad"] == 0
+    file.switch()
+    file.check()
+    file.complete()
+
+
+@pytest.mark.expect("Call Trace")  # of a memory cgroup that is full, in which there is nobody to end
+def test_no_room_for_pages_ahead_ends_the_move(ram):
+    """Rule 3: what can't be copied ahead would not fit after the switch either. Both sides say so."""
+    file, cgroup = ram(16), "/sys/fs/cgroup/tight"
+    home = file.dest.sh("cut -d: -f3 /proc/$PPID/cgroup").strip()
+    file.dest.sh(f"echo +memory > /sys/fs/cgroup/cgroup.subtree_control; mkdir -p {cgroup} && echo 0 > {cgroup}/memory.swap.max")
+    file.dest.sh(f"echo $PPID > {cgroup}/cgroup.procs")
+    try:
+        # Who attaches pays for pages that nobody has faulted on.
+        file.attach(**QUICK)
+    finally:
+        file.dest.sh(f"echo $PPID > /sys/fs/cgroup{home}/cgroup.procs; echo 4M > {cgroup}/memory.max")
+    file.export(**QUICK)
+    file.src("precopy", ms=120000)
+    for side in (file.src, file.dst):
+        state, reason = side("wait", states=[], ms=60000)
+        assert (state, REASONS[reason]) == (FAILED, "no_memory")
+    file.release()
+    file.dest.sh(f"rmdir {cgroup}")
+    file.connect()
+    file.precopy(300)
+    file.switch()
+    file.check()
+    file.complete()
+
+
 def test_cut_during_the_switch(ram):
     """The thread that applies the final set waits for READs that don't come back: it notices."""
     file = ram(8).connect(**QUICK)
@@ -202,6 +267,42 @@ def test_rule_4_who_waits_for_a_connection_sleeps(ram):
     file.dst("tune", what=BACKGROUND, value=1)
     file.judge(reader)
     file.complete()
+
+
+#: Reads a byte of a page when it is told to, and takes signals meanwhile.
+READS = """
+import json, mmap, os, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_what: None)
+memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
+print(json.dumps({"started": True}), flush=True)
+sys.stdin.readline()
+print(json.dumps({"value": memory[int(sys.argv[2]) * 4096]}), flush=True)
+"""
+
+
+def test_rule_4_who_waits_takes_signals(ram):
+    """QEMU kicks its threads by them: who waits for a page takes them, and waits on."""
+    file = ram(1).connect(**QUICK)
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    program = Program(file.dest, ["python3", "-c", READS, file.path, "9"])
+    assert program.hear() == {"started": True}
+    pending = f"grep -hE '^(SigPnd|ShdPnd):' /proc/{program.pid}/status | grep -c '[1-9a-f][0-9a-f]*$'"
+    with cut(file.dest, "drop"):
+        wait_for(lambda: file.dst("stats")["state"] == RECONNECTING)
+        late = program.tell_later("go")
+        wait_for(lambda: file.dst("stats")["faults_retry"] > 0)
+        for _turn in range(3):
+            before = file.dst("stats")["faults_retry"]
+            program.kill(10)
+            # Taken, and the same instruction faults again.
+            wait_for(lambda b=before: file.dst("stats")["faults_retry"] > b)
+            assert file.dest.sh(pending, check=False).strip() == "0"
+        assert not late.done()
+    file.dst("tune", what=BACKGROUND, value=1)
+    assert late() == {"value": int(file.source.sh(f"od -An -tu1 -j {9 * 4096} -N 1 {file.path}"))}
+    file.complete()
+    file.check()
 
 
 def test_a_thread_may_spin_before_it_sleeps(ram):

@@ -12,7 +12,7 @@ import types
 import guest_image
 import pytest
 
-from hosts import BACKGROUND, LOST, POSTCOPY, RECONNECTING, cut, slow, wait_for
+from hosts import BACKGROUND, FAILED, LOST, POSTCOPY, RECONNECTING, cut, slow, wait_for
 
 MIB = 96
 ARRIVES = "tcp:0.0.0.0:7100"
@@ -160,6 +160,35 @@ def test_a_guest_is_moved_and_moved_back(vm):
     # And the connection is cut while it runs.
     file.dest.sh("echo 1 > /sys/kernel/debug/remote_ram/inject_drop")
     file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    guests[2].check()
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_rule_3_a_qemu_that_is_killed_before_the_switch(vm, side):
+    """The source's takes its VM along, and no session with it; the destination's leaves the VM as it was, and it can be moved again."""
+    file, guests = vm
+    file.attach()
+    guests.append(Guest(file.dest, file, incoming=ARRIVES))
+    file.export()
+    file.src("precopy", ms=60000)
+    wait_for(lambda: file.src("stats")["pages_ahead"] > 50)
+    guests[side == "destination"].kill()
+    wait_for(lambda: not guests[side == "destination"].alive())
+    assert file.states()[0] not in (FAILED, LOST)
+    file.src("abort")
+    for end in (file.src, file.dst):
+        assert end("wait", states=[], ms=60000)[0] == FAILED
+    file.release()
+    if side == "source":
+        # What the VM had is still there, for whoever wants to look into it.
+        assert file.source.sh(f"cmp -s {file.path} /dev/zero || echo contents").strip() == "contents"
+        return
+    guests[0].check()
+    file.dest.sh(f"rm -f /dev/shm/{file.name}.*")
+    file.attach()
+    guests.append(Guest(file.dest, file, incoming=ARRIVES))
+    move(file, guests[0], guests[2], 1000)
     file.complete()
     guests[2].check()
 

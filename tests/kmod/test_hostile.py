@@ -10,6 +10,7 @@ import struct
 import time
 
 import pytest
+import siphash
 
 from hosts import BACKGROUND, CONNECTED, FAILED, LISTENING, LOST, POSTCOPY, REASONS, RECONNECTING, slow, wait_for
 from hosts import COMPLETE as HAS_ALL  # a state; here COMPLETE is a message
@@ -19,15 +20,27 @@ CREDIT, PING, ABORT, OFFER, PULLED, DIRTY, SWITCH, SWITCHED, WANT, KEY, COMPLETE
 URGENT, BULK = 0, 1
 
 
-def hello(size, link, magic=MAGIC, version=1, flags=0, uuid=b"u" * 16, token=b"t" * 16, epoch=1):
-    return struct.pack("<IHBB16s16sQI", magic, version, link, flags, uuid, token, size, epoch)
+VERSION = 2
+SOURCE, DESTINATION = 1, 2
+TOKEN = b"t" * 16
+
+
+def proof(request, who, token=TOKEN):
+    """That one knows the token, of a request to connect."""
+    return struct.pack("<Q", siphash.siphash(token, request[:44] + bytes(8) + bytes([who])))
+
+
+def hello(size, link, magic=MAGIC, version=VERSION, flags=0, uuid=b"u" * 16, token=TOKEN, epoch=1, nonce=4711):
+    request = struct.pack("<IHBB16sQIQ", magic, version, link, flags, uuid, size, epoch, nonce)
+    return request + proof(request, SOURCE, token)
 
 
 def message(kind, body=b"", magic=MAGIC, credit=0, length=None):
     return struct.pack("<IBBH", magic, kind, credit, 8 + len(body) if length is None else length) + body
 
 
-ACCEPT = struct.pack("<IHH", MAGIC, 1, 0)
+def answer_to(request, token=TOKEN):
+    return struct.pack("<IHH", MAGIC, VERSION, 0) + proof(request, DESTINATION, token)
 
 
 class Peer:
@@ -48,12 +61,19 @@ class Peer:
             assert answer["connected"], answer
         assert file.dst("wait", states=[CONNECTED], ms=20000)[0] == CONNECTED
 
-    def destination_of(self, file):
+    def answer(self, make=answer_to):
+        """Lets the module connect both links, with the answers that ``make`` gives to its requests. Returns those requests."""
+        requests = []
+        for link in (URGENT, BULK):
+            requests.append(bytes.fromhex(self.tell("await")["hello"]))
+            self.tell("accept", link, make(requests[-1]))
+        return requests
+
+    def destination_of(self, file, **options):
         """Lets the module connect, as a destination that has the token."""
         port = self.tell("listen", file.dest.address)["port"]
-        export = file.source.start("session", name=file.name, what="export", address=file.dest.address, port=port)
-        for link in (0, 1):
-            self.tell("accept", link, ACCEPT)
+        export = file.source.start("session", name=file.name, what="export", address=file.dest.address, port=port, **options)
+        self.answer()
         export()
         assert file.src("wait", states=[CONNECTED], ms=20000)[0] == CONNECTED
 
@@ -87,7 +107,7 @@ def peer():
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    ({"magic": 1}, "protocol"), ({"version": 2}, "version"), ({"version": 0}, "version"), ({"link": 2}, "protocol"), ({"link": 255}, "protocol"),
+    ({"magic": 1}, "protocol"), ({"version": 1}, "version"), ({"version": 3}, "version"), ({"link": 2}, "protocol"), ({"link": 255}, "protocol"),
     ({"flags": 1}, "protocol"), ({"uuid": b"v" * 16}, "uuid"), ({"token": b"t" * 15 + b"u"}, "token"), ({"token": bytes(16)}, "token"),
     ({"size": 4 << 20}, "size"), ({"size": 0}, "size"), ({"size": 2**64 - 1}, "size"),
 ])  # fmt: skip
@@ -98,8 +118,10 @@ def test_rule_5_a_source_that_is_not_the_one(ram, peer, change, reason):
     assert not answer["connected"]
     told = bytes.fromhex(answer["answer"])
     # On Ethernet the private data of a refusal are longer than what was given.
-    assert struct.unpack_from("<IHH", told) == (MAGIC, 1, REASONS.index(reason)), answer
-    assert file.dst("stats")["state"] == LISTENING
+    assert struct.unpack_from("<IHH", told) == (MAGIC, VERSION, REASONS.index(reason)), answer
+    # Both sides can say why.
+    stats = file.dst("stats")
+    assert (stats["state"], REASONS[stats["reason"]]) == (LISTENING, reason)
     # It stands in nobody's way.
     file.export()
     file.switch()
@@ -113,7 +135,7 @@ def test_rule_5_connections_that_say_little(ram, peer):
     hostile = peer(file.source)
     dice = random.Random(5)
     # RoCE fills up with zeroes what is short.
-    for data in (b"\0", hello(file.size, 0)[:20], dice.randbytes(52), hello(file.size, 0)[:39]):
+    for data in (b"\0", hello(file.size, 0)[:20], dice.randbytes(52), hello(file.size, 0)[:51]):
         assert not hostile.tell("connect", 0, file.dest.address, file.port, data)["connected"], data
     # One link alone, and twice the same.
     assert hostile.tell("connect", 0, file.dest.address, file.port, hello(file.size, 0))["connected"]
@@ -125,6 +147,97 @@ def test_rule_5_connections_that_say_little(ram, peer):
     file.switch()
     file.complete()
     file.check()
+
+
+def test_rule_5_a_request_that_was_listened_in_on(ram, peer):
+    """Said once more it opens nothing: neither as it is, nor for another session or link."""
+    file = ram(2)
+    hostile = peer(file.source)
+    first = hello(file.size, 0)
+    file.attach()
+    assert hostile.tell("connect", 0, file.dest.address, file.port, first)["connected"]
+    hostile.tell("close", 0)
+    wait_for(lambda: file.dst("stats")["state"] == LISTENING)
+    for again in (first, first[:6] + b"\1" + first[7:], first[:32] + b"\2" + first[33:]):
+        assert not hostile.tell("connect", 0, file.dest.address, file.port, again)["connected"]
+    file.export()
+    file.switch()
+    file.complete()
+    file.check()
+
+
+@pytest.mark.parametrize("answer", ["nothing", "short", "no proof", "another token", "its own proof", "of another request", "a refusal"])
+def test_rule_5_a_destination_that_is_not_the_one(ram, peer, answer):
+    """Who listens where the destination should learns no secret, and is given nothing."""
+    file = ram(2)
+    hostile = peer(file.dest)
+    earlier = hello(file.size, 0, nonce=1)
+    make = {
+        "nothing": lambda request: b"",
+        "short": lambda request: answer_to(request)[:8],
+        "no proof": lambda request: answer_to(request)[:8] + bytes(8),
+        "another token": lambda request: answer_to(request, b"x" * 16),
+        "its own proof": lambda request: answer_to(request)[:8] + request[44:52],
+        "of another request": lambda request: answer_to(earlier),
+        "a refusal": lambda request: struct.pack("<IHH", MAGIC, VERSION, 5) + proof(request, DESTINATION),
+    }[answer]
+    port = hostile.tell("listen", file.dest.address)["port"]
+    export = file.source.start("session", name=file.name, what="export", address=file.dest.address, port=port, connect_ms=1)
+    request = bytes.fromhex(hostile.tell("await")["hello"])
+    assert TOKEN not in request
+    hostile.program.tell(f"accept 0 {make(request).hex() or '-'}")
+    with pytest.raises(OSError) as caught:
+        export()
+    assert caught.value.reason in ("token", "protocol"), caught.value.reason
+    still_works(file)
+
+
+@pytest.mark.parametrize(("refusal", "reason"), [
+    (b"", "unreachable"), (b"\xff" * 8, "unreachable"), (struct.pack("<IHH", MAGIC, VERSION, 0), "protocol"),
+    (struct.pack("<IHH", MAGIC, VERSION, 0xFFFF), "protocol"), (struct.pack("<IHH", MAGIC, 99, 4), "size"),
+])  # fmt: skip
+def test_rule_5_a_refusal_that_says_anything(ram, peer, refusal, reason):
+    file = ram(1)
+    hostile = peer(file.dest)
+    port = hostile.tell("listen", file.dest.address)["port"]
+    export = file.source.start("session", name=file.name, what="export", address=file.dest.address, port=port, connect_ms=1)
+    hostile.tell("await")
+    hostile.tell("reject", refusal)
+    with pytest.raises(OSError) as caught:
+        export()
+    assert caught.value.reason == reason
+    still_works(file)
+
+
+def postcopy(file, hostile):
+    """A source after the switch to a hostile destination."""
+    hostile.destination_of(file, heartbeat_ms=300, dead_ms=1500)
+    switching = file.source.start("switch", name=file.name, ms=30000)
+    hostile.tell("send", BULK, message(SWITCHED, hostile.next(SWITCH)[8:16]))
+    switching()
+    assert file.src("wait", states=[POSTCOPY], ms=20000)[0] == POSTCOPY
+
+
+def test_rule_5_after_the_switch_only_the_destination_may_come_back(ram, peer):
+    """Its place may have been taken by somebody who has not got the token: who has it is given the keys, nobody else."""
+    file = ram(2)
+    hostile = peer(file.dest)
+    postcopy(file, hostile)
+    hostile.tell("close", BULK)
+    hostile.tell("close", URGENT)
+    for _attempt in range(3):
+        request = bytes.fromhex(hostile.tell("await")["hello"])
+        hostile.program.tell(f"accept 0 {answer_to(request, bytes(16)).hex()}")
+        assert file.src("stats")["state"] == RECONNECTING
+    hostile.tell("close", URGENT)
+    requests = hostile.answer()
+    assert len({request[36:44] for request in requests}) == 2
+    assert file.src("wait", states=[POSTCOPY], ms=20000)[0] == POSTCOPY
+    hostile.tell("send", BULK, message(WANT, struct.pack("<II", 1, 1)))
+    hostile.next(KEY)
+    file.src("take_back")
+    file.src("release")
+    still_works(file)
 
 
 #: Opens TCP connections and closes them at once, in both ways that there are. Who doesn't listen with TCP (rxe) refuses. Its own
@@ -198,6 +311,10 @@ TO_SOURCE = [
     message(WANT, struct.pack("<II", 1, 2)), message(WANT, struct.pack("<II", 1, 0xFFFFFFFF)), message(WANT, struct.pack("<II", 2, 0)),
     message(WANT, struct.pack("<I", 0x40000000)), message(WANT, struct.pack("<I", 0xFFFFFFFF) + bytes(4000)),
 ]  # fmt: skip
+
+
+#: What ends a session after the switch, or is right then.
+AFTER_THE_SWITCH = {message(COMPLETE), *(message(kind, bytes(size)) for kind in (ABORT, COMPLETE) for size in (0, 3, 4, 600))}
 
 
 def impostor(ram, peer):
@@ -329,6 +446,28 @@ def test_rule_5_after_the_switch_nonsense_loses_nothing(ram, peer):
     assert file.dst("wait", states=[LOST], ms=20000)[0] == LOST
     assert "sigbus" in late()
     reader.kill()
+
+
+@pytest.mark.above
+def test_rule_5_a_source_is_told_nonsense_after_the_switch(ram, peer):
+    """It serves on: what is broken is the connection, and the destination may come back with a better one."""
+    file = ram(2)
+    hostile = peer(file.dest)
+    postcopy(file, hostile)
+    for number, nonsense in enumerate(TO_SOURCE):
+        if nonsense in AFTER_THE_SWITCH:
+            continue
+        hostile.tell("send", BULK, nonsense)
+        if nonsense in HARMLESS:
+            hostile.tell("send", BULK, message(0))
+        wait_for(lambda: file.src("stats")["state"] == RECONNECTING, 30)
+        hostile.answer()
+        assert file.src("wait", states=[POSTCOPY], ms=20000)[0] == POSTCOPY, (number, nonsense[:40])
+    hostile.tell("send", BULK, message(WANT, struct.pack("<II", 1, 0)))
+    hostile.next(KEY)
+    file.src("take_back")
+    file.src("release")
+    still_works(file)
 
 
 # -- what it may read --------------------------------------------------------------------------------------------------

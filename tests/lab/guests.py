@@ -31,6 +31,17 @@ LOGS = "/var/log/hecaton-lab"
 SOCKETS = "/run/hecaton-lab"
 START_SECONDS = 420
 
+# An initramfs may be several archives, one behind the other. Those modules of the running kernel fit, as guests boot with it.
+ADD_MODULES = f"""
+    set -eo pipefail
+    work=$(mktemp -d); trap 'rm -rf $work' EXIT; cd $work; mkdir modules; number=10
+    for name in virtio_balloon virtio_mem; do
+        modprobe -D $name | while read -r what path _; do
+            [ $what = insmod ] || continue; xz -dc $path > modules/$number-$(basename $path .xz); number=$((number + 1)); done
+        number=$((number + 10)); done
+    cp {FILES}/tiny.cpio both; find modules | cpio --quiet -o -H newc >> both; mv both {FILES}/tiny-modules.cpio
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Guest:
@@ -46,6 +57,7 @@ class Guest:
     cpu: str = "host"
     still: bool = False  # never let run: there to be looked at; driver qmp only
     before: str = ""  # what the host needs first, as a shell command
+    modules: bool = False  # with the drivers of virtio-balloon and virtio-mem; kind tiny only
     remote_ram: bool = False  # its memory is a file on the remote_ram file system; driver qmp only
 
     @property
@@ -62,7 +74,7 @@ class Guest:
 
     @property
     def initrd(self) -> str:
-        return f"{FILES}/tiny.cpio" if self.kind == "tiny" else "/boot/initrd.img"
+        return f"{FILES}/tiny{'-modules' if self.modules else ''}.cpio" if self.kind == "tiny" else "/boot/initrd.img"
 
     @property
     def mac(self) -> str:
@@ -146,10 +158,11 @@ SETS = {
     ),
     "remote": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
-        # With a balloon, and a second RAM file: what virtio-mem has plugged in, which is nothing before the guest asks for it.
-        Guest("two", "qmp", memory_mib=160, words="dirty.mib=96 dirty.rate=8 dirty.pattern=hot dirty.report=1", remote_ram=True,
+        # With a balloon that also reports free pages, and a second RAM file: what virtio-mem plugs in.
+        Guest("two", "qmp", memory_mib=192, words="dirty.mib=64 dirty.churn_mib=16 dirty.rate=8 dirty.pattern=hot dirty.report=1", modules=True,
+              remote_ram=True,
               extra_args="-m maxmem=512M -object memory-backend-file,id=vmem0,mem-path=/run/remote_ram/two.vmem.ram,share=on,prealloc=off,size=64M "
-                         "-device virtio-mem-pci,memdev=vmem0,requested-size=64M -device virtio-balloon-pci,free-page-reporting=on"),
+                         "-device virtio-mem-pci,id=more0,memdev=vmem0,requested-size=64M -device virtio-balloon-pci,free-page-reporting=on"),
     ),
     # For hours on end: what they write on their consoles is read as a whole each time.
     "soak": (
@@ -173,21 +186,23 @@ class Guests:
     def __init__(self, lab: lab_module.Lab):
         self.lab = lab
 
-    def prepare_hosts(self) -> None:
-        """Puts the files that guests are started from on all hosts."""
+    def prepare_hosts(self, modules: bool = True) -> None:
+        """Puts the files that guests are started from on all hosts; without ``modules`` only those of guests that have none."""
         tiny = pathlib.Path(guest_image.tiny_initramfs())
 
         before = f"mkdir -p {FILES} {LOGS} {SOCKETS} /etc/qemu && chmod 777 {SOCKETS} {LOGS} && echo allow br0 > /etc/qemu/bridge.conf"
 
         def prepare(host):
             self.lab.put(host, tiny, f"{FILES}/tiny.cpio", before=before)
+            if modules:
+                self.lab.ssh(host, "bash", stdin=ADD_MODULES)
 
         lab_module.each(prepare, [host for host in lab_module.HOSTS if self.lab.running(host)])
 
     def deploy(self, guests, host: str) -> None:
         """Defines and starts guests on a host, and waits until each is up. All earlier ones are ended first, like those of the demo."""
         self.destroy()
-        self.prepare_hosts()
+        self.prepare_hosts(any(guest.modules for guest in guests))
         # A whole Debian boots slowly beside busy guests on one emulated CPU: it goes first, and alone.
         for batch in ([g for g in guests if g.kind == "valkey"], [g for g in guests if g.kind != "valkey"]):
             if batch:

@@ -36,7 +36,7 @@
 
 #define RRAM_FS_MAGIC		0x52524d46	/* f_type of statfs(2): "RRMF" */
 #define RRAM_ABI_VERSION	1	/* of this file */
-#define RRAM_WIRE_VERSION	1	/* of what two hosts say to each other */
+#define RRAM_WIRE_VERSION	2	/* of what two hosts say to each other */
 #define RRAM_UUID_LEN		16
 #define RRAM_TOKEN_LEN		16
 #define RRAM_ADDR_LEN		128	/* a struct sockaddr_storage */
