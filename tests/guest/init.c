@@ -557,7 +557,7 @@ static void churn(void)
 	static void *taken;
 	size_t bytes = (size_t)config.churn_mib << 20;
 
-	if (!config.churn_mib || last_ns - changed < (taken ? 2 : 4) * SECOND)
+	if (!config.churn_mib || last_ns - changed < (taken ? 2 : 8) * SECOND)
 		return;
 	changed = last_ns;
 	if (taken)

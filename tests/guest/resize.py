@@ -3,8 +3,8 @@
 """Turns a guest's balloon and its virtio-mem up and down until its QEMU ends: ``resize.py NAME MEMORY_MIB PLUGGED_MIB RESULT``.
 
 Runs on the guest's host, beside its move. What the guest made of it is in the file RESULT, replaced after each look: ``balloon_mib``
-and ``plugged_mib`` (least and most that was seen), ``freed_mib`` (the most that its RAM file has shrunk by between two looks while
-the balloon stood still: what the guest reported as free), ``turns``, ``refused`` (what QEMU would not do, and how often).
+and ``plugged_mib`` (least and most that was seen), ``freed_mib`` (the most that its RAM file has shrunk by while the
+balloon stood still: what the guest reported as free), ``turns``, ``refused`` (what QEMU would not do, and how often).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 
 BALLOON_MIB = 24  # taken from the guest and given back
-TURN = 6.0  # seconds between two changes
+TURN = 25.0  # seconds between two changes: longer than a guest takes to free memory, and to report it
 LOOK = 0.5  # and between two looks
 
 
@@ -68,14 +68,15 @@ def main(name: str, memory_mib: int, plugged_mib: int, result: str) -> None:
             except Refused as err:
                 found["refused"][str(err)] = found["refused"].get(str(err), 0) + 1
         found["turns"] += 1
-        before, until = None, time.monotonic() + TURN
+        # The most that the RAM file has taken since the balloon has moved.
+        before, most, until = None, 0.0, time.monotonic() + TURN
         while time.monotonic() < until:
             balloon, plugged, taken = look(qemu, name)
             for key, value in (("balloon_mib", balloon), ("plugged_mib", plugged)):
                 found[key] = [min([value, *found[key]]), max([value, *found[key]])]
-            if before and before[0] == balloon:
-                found["freed_mib"] = max(found["freed_mib"], before[1] - taken)
-            before = (balloon, taken)
+            most = max(most, taken) if before == balloon else taken
+            found["freed_mib"] = max(found["freed_mib"], most - taken)
+            before = balloon
             with open(f"{result}.new", "w") as out:
                 json.dump(found, out)
             os.rename(f"{result}.new", result)

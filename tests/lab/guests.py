@@ -158,10 +158,11 @@ SETS = {
     ),
     "remote": (
         Guest("one", "qmp", memory_mib=128, words="dirty.mib=64 dirty.rate=8 dirty.pattern=random dirty.report=1", remote_ram=True),
-        # With a balloon that also reports free pages, and a second RAM file: what virtio-mem plugs in.
-        Guest("two", "qmp", memory_mib=192, words="dirty.mib=64 dirty.churn_mib=16 dirty.rate=8 dirty.pattern=hot dirty.report=1", modules=True,
-              remote_ram=True,
-              extra_args="-m maxmem=512M -object memory-backend-file,id=vmem0,mem-path=/run/remote_ram/two.vmem.ram,share=on,prealloc=off,size=64M "
+        # With a balloon that also reports free pages, and a second RAM file: what virtio-mem plugs in. That may be above 4 GiB, for which the
+        # guest's kernel would keep 64 MiB to bounce from.
+        Guest("two", "qmp", memory_mib=256, words="swiotlb=512 dirty.mib=64 dirty.churn_mib=48 dirty.rate=8 dirty.pattern=hot dirty.report=1",
+              modules=True, remote_ram=True,
+              extra_args="-m maxmem=512M -object memory-backend-file,id=vmem0,mem-path=/run/remote_ram/two.vmem.ram,share=on,prealloc=off,size=128M "
                          "-device virtio-mem-pci,id=more0,memdev=vmem0,requested-size=64M -device virtio-balloon-pci,free-page-reporting=on"),
     ),
     # For hours on end: what they write on their consoles is read as a whole each time.
