@@ -129,6 +129,15 @@ def test_calls_in_the_wrong_state(ram):
 # -- cut ---------------------------------------------------------------------------------------------------------------
 
 
+def moves_with(file, writer):
+    """A file that a program writes is moved after all."""
+    file.precopy(300)
+    assert writer.tell("stop")["bad"] == 0
+    file.switch()
+    file.check()
+    file.complete()
+
+
 @pytest.mark.parametrize("how", ["drop", "down"])
 def test_cut_during_pre_copy(ram, how):
     """Rule 3: the VM stays, and nobody hangs."""
@@ -141,11 +150,7 @@ def test_cut_during_pre_copy(ram, how):
             assert side("wait", states=[], ms=60000)[0] == FAILED
     file.release()
     file.connect()
-    file.precopy(300)
-    assert writer.tell("stop")["bad"] == 0
-    file.switch()
-    file.check()
-    file.complete()
+    moves_with(file, writer)
 
 
 @pytest.mark.parametrize("seconds", [1, 10])
@@ -162,11 +167,7 @@ def test_a_cut_of_pre_copy_is_survived_if_it_is_short(ram, seconds):
             assert side("wait", states=[], ms=60000)[0] == FAILED
         file.release()
         file.connect()
-    file.precopy(300)
-    assert writer.tell("stop")["bad"] == 0
-    file.switch()
-    file.check()
-    file.complete()
+    moves_with(file, writer)
 
 
 @pytest.mark.expect("Call Trace")  # of a memory cgroup that is full, in which there is nobody to end

@@ -107,7 +107,8 @@ def peer():
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    ({"magic": 1}, "protocol"), ({"version": 1}, "version"), ({"version": 3}, "version"), ({"link": 2}, "protocol"), ({"link": 255}, "protocol"),
+    ({"magic": 1}, "protocol"), ({"version": 1}, "version"), ({"version": 3}, "version"), ({"version": 0}, "version"),
+    ({"link": 2}, "protocol"), ({"link": 255}, "protocol"),
     ({"flags": 1}, "protocol"), ({"uuid": b"v" * 16}, "uuid"), ({"token": b"t" * 15 + b"u"}, "token"), ({"token": bytes(16)}, "token"),
     ({"size": 4 << 20}, "size"), ({"size": 0}, "size"), ({"size": 2**64 - 1}, "size"),
 ])  # fmt: skip
