@@ -398,11 +398,11 @@ def test_rule_5_who_has_all_pages_keeps_them(ram, peer):
 
 @pytest.mark.above
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_rule_5_random_messages(ram, peer, side):
+def test_rule_5_random_messages(ram, peer, side, request):
     """Each right in its header, so that all that follows is looked at."""
     file, dice = ram(2), random.Random(7)
     hostile = peer(file.source if side == "source" else file.dest)
-    for session in range(12):
+    for session in range(60 if request.config.getoption("--long") else 5):
         if side == "source":
             file.attach()
             hostile.source_of(file)
