@@ -129,6 +129,16 @@ static inline void rram_vm_flags_set(struct vm_area_struct *vma,
 #endif
 }
 
+static inline void rram_vm_flags_clear(struct vm_area_struct *vma,
+				       unsigned long flags)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+	vma->vm_flags &= ~flags;
+#else
+	vm_flags_clear(vma, flags);
+#endif
+}
+
 /* shmem's own mmap, on a file of shmem's. */
 static inline int rram_mmap_inner(struct file *inner,
 				  struct vm_area_struct *vma)

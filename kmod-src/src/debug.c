@@ -129,6 +129,9 @@ static int rram_session_show(struct seq_file *m, void *v)
 	RRAM_SHOW(bytes_after);
 	RRAM_SHOW(late_writes);
 	RRAM_SHOW(faults_nowait);
+	/* Of those, for which a READ was begun at once. */
+	seq_printf(m, "faults_begun: %lld\n",
+		   atomic64_read(&s->count.faults_begun));
 	RRAM_SHOW(faults_retry);
 	RRAM_SHOW(faults_plain);
 	RRAM_SHOW(faults_joined);

@@ -264,6 +264,7 @@ static int rram_register(struct rram_session *s, unsigned long index)
 		c->mr = NULL;
 		goto free;
 	}
+	trace_rram_key(s->f, c->first, c->nr, page_to_pfn(sg_page(src->sg)));
 	err = ib_map_mr_sg(c->mr, src->sg, c->nr, NULL, PAGE_SIZE);
 	if (err != c->nr) {
 		err = err < 0 ? err : -EIO;

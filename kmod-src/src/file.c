@@ -243,10 +243,15 @@ static vm_fault_t rram_fault_missing(struct vm_fault *vmf, struct rram_file *f)
 	if (flags & FAULT_FLAG_ALLOW_RETRY && flags & FAULT_FLAG_RETRY_NOWAIT) {
 		/*
 		 * Who can't wait comes back as somebody who can: KVM queues
-		 * its asynchronous fault at once. The lock stays held.
+		 * its asynchronous fault at once, and finds the page on its
+		 * way. The lock stays held.
 		 */
 		if (s) {
 			atomic64_inc(&s->count.faults_nowait);
+			if (rram_demand_ahead(s, index)) {
+				atomic64_inc(&s->count.faults_begun);
+				rram_dest_fault(s, index);
+			}
 			rram_session_put(s);
 		}
 		return VM_FAULT_RETRY;
@@ -490,13 +495,57 @@ static int rram_mmap(struct file *file, struct vm_area_struct *vma)
 	/*
 	 * While pages are missing nobody may collapse what is here into a huge
 	 * page: this flag rules it out for mappings that are made now, and
-	 * RRAM_IOC_ATTACH refuses a file with older ones.
+	 * RRAM_IOC_ATTACH refuses a file with older ones. It stays when all are
+	 * here, until rram_allow_collapse().
 	 */
 	if (f->phase != RRAM_PHASE_PLAIN)
 		rram_vm_flags_set(vma, VM_DONTEXPAND);
 	f->nr_maps++;
 unlock:
 	mutex_unlock(&f->lock);
+	return err;
+}
+
+/**
+ * rram_allow_collapse - lets what a process has mapped be made of huge pages
+ * @f: the file
+ * @nr: number of the process, in the namespace of who asks
+ *
+ * Return: 0, -EBUSY while pages are missing, -ESRCH without such a process,
+ * -ENOENT if it maps nothing of the file, -EINTR.
+ */
+int rram_allow_collapse(struct rram_file *f, pid_t nr)
+{
+	struct pid *pid = find_get_pid(nr);
+	struct task_struct *task = get_pid_task(pid, PIDTYPE_PID);
+	struct vm_area_struct *vma;
+	struct mm_struct *mm;
+	int err = -EINTR;
+
+	put_pid(pid);
+	if (!task)
+		return -ESRCH;
+	mm = get_task_mm(task);
+	put_task_struct(task);
+	if (!mm)
+		return -ESRCH;
+	if (mmap_write_lock_killable(mm))
+		goto put;
+	err = -ENOENT;
+	for (vma = find_vma(mm, 0); vma; vma = find_vma(mm, vma->vm_end)) {
+		if (vma->vm_ops != &rram_vm_ops || rram_of_vma(vma) != f)
+			continue;
+		/* No page is going to be missing in a file that is mapped. */
+		if (READ_ONCE(f->phase) != RRAM_PHASE_PLAIN) {
+			err = -EBUSY;
+			break;
+		}
+		rram_vm_flags_clear(vma, VM_DONTEXPAND);
+		err = 0;
+	}
+	mmap_write_unlock(mm);
+put:
+	mmput(mm);
 	return err;
 }
 

@@ -335,6 +335,8 @@ static int rram_post_read(struct rram_session *s, struct rram_fetch *r,
 		sg_init_table(r->sg, r->nr);
 		for (i = 0; i < r->nr; i++)
 			sg_set_folio(&r->sg[i], r->folio[i], PAGE_SIZE, 0);
+		trace_rram_sink(s->f, r->first, r->nr,
+				page_to_pfn(sg_page(r->sg)));
 		err = rdma_rw_ctx_init(&r->rw, qp, qp->port, r->sg, r->nr, 0,
 				       addr, key->rkey, DMA_FROM_DEVICE);
 		if (err < 0)
@@ -349,6 +351,7 @@ static int rram_post_read(struct rram_session *s, struct rram_fetch *r,
 		err = -EIO;
 		if (ib_dma_mapping_error(s->dev, r->sge.addr))
 			goto undo;
+		trace_rram_sink(s->f, r->first, 1, folio_pfn(r->folio[0]));
 		r->sge.length = PAGE_SIZE;
 		r->sge.lkey = s->pd->local_dma_lkey;
 		memset(&r->wr, 0, sizeof(r->wr));
@@ -425,7 +428,8 @@ static struct folio *rram_grab_charged(struct rram_session *s,
  * knows says that no page can be made, and nothing else.
  */
 static int rram_demand_taken(struct rram_session *s, unsigned long index,
-			     struct rram_fetch *r, const struct rram_key *key)
+			     struct rram_fetch *r, const struct rram_key *key,
+			     const struct rram_place *place)
 {
 	struct folio *folio = rram_grab_charged(s, index);
 	int err;
@@ -450,11 +454,58 @@ static int rram_demand_taken(struct rram_session *s, unsigned long index,
 		return err;
 	/*
 	 * The page can be made; it is the device that has no room, or fails.
-	 * For a guest that is no reason to do without the page.
+	 * For a guest that is no reason to do without the page. Who waits for
+	 * it tries again, and not at once.
 	 */
-	if (!READ_ONCE(s->broken))
+	if (place && !READ_ONCE(s->broken))
 		fsleep(USEC_PER_MSEC);
 	return -EAGAIN;
+}
+
+/* rram_demand(), with the locks that it takes. */
+static int rram_demand_linked(struct rram_session *s, unsigned long index,
+			      struct rram_place *place)
+{
+	struct rram_file *f = s->f;
+	struct rram_fetch *r;
+	struct rram_key key;
+	int err;
+
+	/*
+	 * All that may be in the way is looked at before the bit is taken:
+	 * giving it back wakes those who wait for the page, and the caller is
+	 * one of them.
+	 */
+	if (!s->linked || READ_ONCE(s->broken))
+		return -ENOTCONN;
+	/* What is READ by a key that is about to be void would be stale. */
+	if (READ_ONCE(s->dst->freezing) && !rram_switched(READ_ONCE(s->state)))
+		return -EAGAIN;
+	if (!rram_get_key(s, index, &key))
+		return -EAGAIN;
+	if (test_bit(index, f->inflight))
+		return -EINPROGRESS;
+	r = rram_fetch_get(s, false, place);
+	if (!r)
+		return -EBUSY;
+	/* Its last completion may come twice on a connection that is broken. */
+	if (READ_ONCE(s->broken)) {
+		rram_fetch_put(r);
+		return -ENOTCONN;
+	}
+	if (test_and_set_bit_lock(index, f->inflight)) {
+		rram_fetch_put(r);
+		return -EINPROGRESS;
+	}
+	err = 0;
+	if (test_bit(index, f->missing)) {
+		err = rram_demand_taken(s, index, r, &key, place);
+		if (!err)
+			return -EIOCBQUEUED;
+	}
+	rram_untake(f, index);
+	rram_fetch_put(r);
+	return err;
 }
 
 /**
@@ -473,8 +524,6 @@ int rram_demand(struct rram_session *s, unsigned long index,
 		struct rram_place *place)
 {
 	struct rram_file *f = s->f;
-	struct rram_fetch *r;
-	struct rram_key key;
 	bool ahead;
 	int err;
 
@@ -484,49 +533,7 @@ int rram_demand(struct rram_session *s, unsigned long index,
 	if (ahead)
 		down_read(&f->stale);
 	down_read(&s->linksem);
-	/*
-	 * All that may be in the way is looked at before the bit is taken:
-	 * giving it back wakes those who wait for the page, and the caller is
-	 * one of them.
-	 */
-	err = -ENOTCONN;
-	if (!s->linked || READ_ONCE(s->broken))
-		goto up;
-	/* What is READ by a key that is about to be void would be stale. */
-	err = -EAGAIN;
-	if (READ_ONCE(s->dst->freezing) && !rram_switched(READ_ONCE(s->state)))
-		goto up;
-	if (!rram_get_key(s, index, &key))
-		goto up;
-	err = -EINPROGRESS;
-	if (test_bit(index, f->inflight))
-		goto up;
-	err = -EBUSY;
-	r = rram_fetch_get(s, false, place);
-	if (!r)
-		goto up;
-	/* Its last completion may come twice on a connection that is broken. */
-	if (READ_ONCE(s->broken)) {
-		rram_fetch_put(r);
-		err = -ENOTCONN;
-		goto up;
-	}
-	if (test_and_set_bit_lock(index, f->inflight)) {
-		rram_fetch_put(r);
-		err = -EINPROGRESS;
-		goto up;
-	}
-	err = 0;
-	if (test_bit(index, f->missing)) {
-		err = rram_demand_taken(s, index, r, &key);
-		if (!err) {
-			err = -EIOCBQUEUED;
-			goto up;
-		}
-	}
-	rram_untake(f, index);
-	rram_fetch_put(r);
-up:
+	err = rram_demand_linked(s, index, place);
 	up_read(&s->linksem);
 	if (ahead)
 		up_read(&f->stale);
@@ -534,6 +541,34 @@ up:
 	if (place && err != -EBUSY)
 		rram_place_leave(s, place);
 	return err;
+}
+
+/**
+ * rram_demand_ahead - begin to fetch a page for somebody who can't wait
+ * @s: a destination's session
+ * @index: the page
+ *
+ * Who can't wait comes back as somebody who can, and then joins this READ.
+ * Waits for no READ and for nobody who does, so takes no lock that it would
+ * have to wait for; that a page is made may take as long as it does for any
+ * page that is made under such a fault.
+ *
+ * Return: whether a READ was begun.
+ */
+bool rram_demand_ahead(struct rram_session *s, unsigned long index)
+{
+	struct rram_file *f = s->f;
+	bool ahead = READ_ONCE(f->phase) == RRAM_PHASE_AHEAD, begun = false;
+
+	if (ahead && !down_read_trylock(&f->stale))
+		return false;
+	if (down_read_trylock(&s->linksem)) {
+		begun = rram_demand_linked(s, index, NULL) == -EIOCBQUEUED;
+		up_read(&s->linksem);
+	}
+	if (ahead)
+		up_read(&f->stale);
+	return begun;
 }
 
 /* Somebody waits for this page: what is around it will be wanted next. */

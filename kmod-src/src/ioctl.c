@@ -402,6 +402,14 @@ static long rram_release(struct rram_file *f)
 	return err;
 }
 
+static long rram_collapse(struct rram_file *f, void __user *arg)
+{
+	struct rram_process_args a;
+	int err = rram_copy_in(&a, arg, sizeof(a));
+
+	return err ?: rram_allow_collapse(f, a.pid);
+}
+
 long rram_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct rram_file *f = rram_file_of(file_inode(file));
@@ -422,6 +430,8 @@ long rram_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return rram_attach(f, user);
 	case RRAM_IOC_RELEASE:
 		return rram_release(f);
+	case RRAM_IOC_ALLOW_COLLAPSE:
+		return rram_collapse(f, user);
 	}
 	s = rram_session_get(f);
 	switch (cmd) {

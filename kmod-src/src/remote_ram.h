@@ -112,6 +112,7 @@ struct rram_counters {
 	atomic64_t bytes_ahead, bytes_after;
 	atomic64_t faults_nowait, faults_retry, faults_plain, faults_joined;
 	atomic64_t faults_poison;
+	atomic64_t faults_begun;	/* shown in debugfs alone */
 	atomic64_t wait_ns_total, wait_ns_max, read_ns_total;
 	atomic64_t reconnects, keys, keys_retired;
 	atomic64_t wait_hist[RRAM_HIST_BUCKETS];
@@ -356,6 +357,7 @@ int rram_file_init(struct rram_file *f);
 void rram_file_destroy(struct rram_file *f);
 int rram_file_bitmaps(struct rram_file *f);
 int rram_fill(struct rram_file *f, unsigned long first, unsigned long last);
+int rram_allow_collapse(struct rram_file *f, pid_t nr);
 
 /* track.c */
 void rram_track_write(struct rram_file *f, unsigned long first,
@@ -438,6 +440,7 @@ bool rram_dest_stuck(struct rram_session *s);
 bool rram_dest_step(struct rram_session *s);
 int rram_demand(struct rram_session *s, unsigned long index,
 		struct rram_place *place);
+bool rram_demand_ahead(struct rram_session *s, unsigned long index);
 void rram_place_leave(struct rram_session *s, struct rram_place *p);
 bool rram_no_room(int err);
 void rram_dest_fault(struct rram_session *s, unsigned long index);

@@ -46,6 +46,41 @@ TRACE_EVENT(rram_fault_done,
 		  __entry->err)
 );
 
+/* The frame of the first page of what the device was told. */
+DECLARE_EVENT_CLASS(rram_frame,
+	TP_PROTO(struct rram_file *f, unsigned long page, unsigned int nr,
+		 unsigned long pfn),
+	TP_ARGS(f, page, nr, pfn),
+	TP_STRUCT__entry(
+		__field(unsigned long, ino)
+		__field(unsigned long, page)
+		__field(unsigned int, nr)
+		__field(unsigned long, pfn)
+	),
+	TP_fast_assign(
+		__entry->ino = f->inode.i_ino;
+		__entry->page = page;
+		__entry->nr = nr;
+		__entry->pfn = pfn;
+	),
+	TP_printk("ino=%lu page=%lu nr=%u pfn=%lu", __entry->ino,
+		  __entry->page, __entry->nr, __entry->pfn)
+);
+
+/* A READ into these pages. */
+DEFINE_EVENT(rram_frame, rram_sink,
+	TP_PROTO(struct rram_file *f, unsigned long page, unsigned int nr,
+		 unsigned long pfn),
+	TP_ARGS(f, page, nr, pfn)
+);
+
+/* A key by which a peer READs these pages. */
+DEFINE_EVENT(rram_frame, rram_key,
+	TP_PROTO(struct rram_file *f, unsigned long page, unsigned int nr,
+		 unsigned long pfn),
+	TP_ARGS(f, page, nr, pfn)
+);
+
 TRACE_EVENT(rram_read,
 	TP_PROTO(struct rram_file *f, unsigned long page, unsigned int nr,
 		 int cause, u64 ns, int status),

@@ -45,6 +45,7 @@ _PRECOPY = struct.Struct("=IIIIQQ")
 _SWITCH = struct.Struct("=IIIIQQ")
 _WAIT = struct.Struct("=IIIIII")
 _TUNE = struct.Struct("=IIQ")
+_PROCESS = struct.Struct("=II")
 _BUCKETS = 32
 _STATS_WORDS = ("size", "abi", "role", "state", "reason", "rounds")
 _STATS_COUNTS = (
@@ -73,6 +74,7 @@ TUNE = _ioc(_WRITE, 0x16, _TUNE.size)
 ABORT = _ioc(_NONE, 0x17, 0)
 RELEASE = _ioc(_NONE, 0x18, 0)
 TAKE_BACK = _ioc(_NONE, 0x19, 0)
+ALLOW_COLLAPSE = _ioc(_WRITE, 0x1A, _PROCESS.size)
 
 
 #: What errors mean that the C library's words mislead about.
@@ -248,3 +250,7 @@ class RamFile:
 
     def take_back(self) -> None:
         self._call("take back", TAKE_BACK, 0)
+
+    def allow_collapse(self, pid: int) -> None:
+        """Lets the mapping of a process that came while pages were missing be made of huge pages, now that all are here."""
+        self._call("allow to collapse", ALLOW_COLLAPSE, _PROCESS.pack(_PROCESS.size, pid))

@@ -27,7 +27,7 @@ SET = (
     ("/sys/kernel/debug/remote_ram/inject_delay_us", "0"), ("/sys/kernel/debug/remote_ram/inject_fail", "0"),
     ("/sys/module/remote_ram/parameters/busy_poll_us", "0"), ("/sys/module/remote_ram/parameters/sink_keys", "N"),
 )  # fmt: skip
-SESSION, PRECOPY, SWITCH, WAIT, TUNE = "<II16s16s128sIIIIQII", "<IIIIQQ", "<IIIIQQ", "<IIIIII", "<IIQ"
+SESSION, PRECOPY, SWITCH, WAIT, TUNE, PROCESS = "<II16s16s128sIIIIQII", "<IIIIQQ", "<IIIIQQ", "<IIIIII", "<IIQ", "<II"
 STATS = "<IIIIII29Q64Q"
 NAMES = (
     "size abi role state reason rounds pages pages_ahead pages_zero pages_demand pages_bubble pages_background pages_stale "
@@ -46,7 +46,7 @@ CALLS = {
     "precopy": number(1, 0x12, struct.calcsize(PRECOPY)), "switch": number(3, 0x13, struct.calcsize(SWITCH)),
     "wait": number(3, 0x14, struct.calcsize(WAIT)), "stats": number(3, 0x15, struct.calcsize(STATS)),
     "tune": number(1, 0x16, struct.calcsize(TUNE)), "abort": number(0, 0x17, 0), "release": number(0, 0x18, 0),
-    "take_back": number(0, 0x19, 0),
+    "take_back": number(0, 0x19, 0), "allow_collapse": number(1, 0x1A, struct.calcsize(PROCESS)),
 }  # fmt: skip
 
 
@@ -132,10 +132,14 @@ class Agent:
     def take_back(self, name):
         fcntl.ioctl(self.file(name), CALLS["take_back"])
 
+    def allow_collapse(self, name, pid):
+        call(self.file(name), "allow_collapse", PROCESS, pid)
+
     def fuzz(self, name, seed, count):
         """Calls with arguments at random; says how many were refused, by error."""
         dice, fd, seen = random.Random(seed), self.file(name), {}
-        forms = {"export": SESSION, "attach": SESSION, "precopy": PRECOPY, "switch": SWITCH, "wait": WAIT, "stats": STATS, "tune": TUNE}
+        forms = {"export": SESSION, "attach": SESSION, "precopy": PRECOPY, "switch": SWITCH, "wait": WAIT, "stats": STATS, "tune": TUNE,
+                 "allow_collapse": PROCESS}  # fmt: skip
         for _turn in range(count):
             what = dice.choice(list(CALLS))
             form = forms.get(what, "<")

@@ -69,6 +69,28 @@ def test_the_memory_cgroup_pays_for_what_arrives(ram):
     file.dest.sh("rmdir /sys/fs/cgroup/ram")
 
 
+#: Takes a file for swap.
+SWAP = "cd /var/tmp; test -e swap || { dd if=/dev/zero of=swap bs=1M count=64 status=none && chmod 600 swap && mkswap -q swap; }; swapon /var/tmp/swap"
+
+
+def test_memory_pressure_after_the_switch(ram):
+    """Who waits for the pages has room for a third of them: what has arrived is swapped out for what arrives, and comes back as it was."""
+    file, cgroup = ram(12), "/sys/fs/cgroup/ram"
+    file.dest.sh(f"{SWAP}; echo +memory > /sys/fs/cgroup/cgroup.subtree_control; mkdir -p {cgroup} && echo 4M > {cgroup}/memory.max")
+    try:
+        file.connect()
+        file.dst("tune", what=BACKGROUND, value=0)
+        file.switch()
+        file.judge(file.dest.program("check", file.path, file.shadow, 2, "map", cgroup=cgroup), 2)
+        assert int(file.dest.sh(f"grep '^max ' {cgroup}/memory.events | cut -d' ' -f2")) > 0
+        assert file.dest.sh(f"grep '^oom_kill ' {cgroup}/memory.events").split() == ["oom_kill", "0"]
+        file.dst("tune", what=BACKGROUND, value=1)
+        file.complete()
+        file.check()
+    finally:
+        file.dest.sh(f"swapoff /var/tmp/swap; rmdir {cgroup}")
+
+
 #: Sets a policy through one mapping of a file, and asks for it through another.
 MBIND = """
 import ctypes, mmap
@@ -116,9 +138,8 @@ def test_the_first_session_fixes_the_size(ram):
 def test_swap_on_both_sides(ram):
     """Pages are swapped out while they are written, offered, read and pulled."""
     file = ram(8)
-    swap = "cd /var/tmp; test -e swap || { dd if=/dev/zero of=swap bs=1M count=64 status=none && chmod 600 swap && mkswap -q swap; }; swapon /var/tmp/swap"
     for host in (file.source, file.dest):
-        host.sh(swap)
+        host.sh(SWAP)
     try:
         file.connect()
         writer = file.run("wzhpk")
@@ -146,24 +167,35 @@ def test_swap_on_both_sides(ram):
 
 
 def test_huge_pages_after_completion(ram):
-    """None while pages are missing; afterwards the mapping of a process that comes then can be collapsed, and is right."""
+    """None while pages are missing; afterwards the mapping of a process that came meanwhile can be collapsed when asked for, and is right."""
     file = ram(8).connect()
     file.dst("tune", what=BACKGROUND, value=0)
     file.switch()
     early = file.dest.program("hold", file.path)
     early.hear()
     assert early.tell("collapse")["ret"] == -1
-    early.kill()
-    assert early.reap(20) == -9
+    with pytest.raises(OSError) as caught:
+        file.dst("allow_collapse", pid=early.pid)
+    assert caught.value.errno == errno.EBUSY
     file.dst("tune", what=BACKGROUND, value=1)
     file.complete()
     file.check()
-    later = file.dest.program("hold", file.path)
-    later.hear()
+    for pid, error in ((1, errno.ENOENT), (0, errno.ESRCH), (1 << 30, errno.ESRCH)):
+        with pytest.raises(OSError) as caught:
+            file.dst("allow_collapse", pid=pid)
+        assert caught.value.errno == error
+    # As a VM has moved: its mapping is older than the last page.
     for page in range(0, 2048, 64):
-        later.tell(f"peek {page}")
-    assert later.tell("collapse") == {"ret": 0, "errno": 0}
+        early.tell(f"peek {page}")
+    assert early.tell("collapse")["ret"] == -1
+    file.dst("allow_collapse", pid=early.pid)
+    assert early.tell("collapse") == {"ret": 0, "errno": 0}
+    for page in range(0, 2048, 64):
+        early.tell(f"peek {page}")
+    assert int(file.dest.sh(f"awk '/^ShmemPmdMapped|^FilePmdMapped/ {{sum += $2}} END {{print sum}}' /proc/{early.pid}/smaps")) >= 2048
     file.check()
+    early.kill()
+    assert early.reap(20) == -9
     # Back again, huge pages and all: they are written while they are offered.
     file.release()
     file.turn_round()

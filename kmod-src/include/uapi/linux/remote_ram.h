@@ -258,6 +258,25 @@ struct rram_tune_args {
 };
 
 /**
+ * struct rram_process_args - RRAM_IOC_ALLOW_COLLAPSE
+ * @size: sizeof(struct rram_process_args)
+ * @pid: a process, as the caller's namespace knows it
+ *
+ * What a process maps while pages are missing can't be made of huge pages, then
+ * or later. When all pages are here, this allows it for what @pid has mapped
+ * of the file by now: process_madvise(MADV_COLLAPSE) does it, also for a VM that
+ * runs. While the file is a source with huge pages, a write makes all of a
+ * huge page count as changed.
+ *
+ * Errors: EBUSY (pages are missing), ESRCH, ENOENT (it does not map the file),
+ * EINTR.
+ */
+struct rram_process_args {
+	__u32 size;
+	__u32 pid;
+};
+
+/**
  * struct rram_stats - RRAM_IOC_STATS
  *
  * After the switch a source shows what its destination tells it, about once a
@@ -367,5 +386,6 @@ struct rram_stats {
  * wrong there. What the destination is missing is lost to it.
  */
 #define RRAM_IOC_TAKE_BACK	_IO(RRAM_IOC_MAGIC, 0x19)
+#define RRAM_IOC_ALLOW_COLLAPSE	_IOW(RRAM_IOC_MAGIC, 0x1a, struct rram_process_args)
 
 #endif /* _UAPI_LINUX_REMOTE_RAM_H */

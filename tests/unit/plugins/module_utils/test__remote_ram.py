@@ -25,9 +25,10 @@ STRUCTS = {
     "rram_switch_args": _remote_ram._SWITCH,
     "rram_wait_args": _remote_ram._WAIT,
     "rram_tune_args": _remote_ram._TUNE,
+    "rram_process_args": _remote_ram._PROCESS,
     "rram_stats": _remote_ram._STATS,
 }
-CALLS = ("EXPORT", "ATTACH", "PRECOPY", "SWITCH", "WAIT", "STATS", "TUNE", "ABORT", "RELEASE", "TAKE_BACK")
+CALLS = ("EXPORT", "ATTACH", "PRECOPY", "SWITCH", "WAIT", "STATS", "TUNE", "ABORT", "RELEASE", "TAKE_BACK", "ALLOW_COLLAPSE")
 
 
 def fields(name):
