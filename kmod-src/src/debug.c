@@ -81,12 +81,12 @@ void rram_stats(struct rram_session *s, struct rram_stats *st)
 		st->read_hist[i] = atomic64_read(&c->read_hist[i]);
 	}
 	st->pages_missing = s->role == RRAM_ROLE_DESTINATION ?
-			    atomic_long_read(&s->f->nr_missing) : 0;
+			    rram_lacking(s->f) : 0;
 	if (s->role == RRAM_ROLE_SOURCE)
 		rram_source_stats(s, st);
 	else
 		rram_dest_stats(s, st);
-	st->memory += sizeof(*s) + 3 * BITS_TO_LONGS(s->f->npages) *
+	st->memory += sizeof(*s) + 4 * BITS_TO_LONGS(s->f->npages) *
 		      sizeof(long) + s->f->npages;
 	if (s->bufs)
 		st->memory += (2 * RRAM_MSG_DEPTH + RRAM_MSG_SPARE) *

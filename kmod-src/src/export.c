@@ -80,6 +80,7 @@ enum rram_switch_step {
  * @nr_replaced: pages that they alone hold
  * @regs: registrations under way
  * @sg: room for mapping one chunk
+ * @bad: of the chunk that is looked at, pages that can't be read
  * @known: chunks whose key the destination has
  * @want: chunks whose key it waits for
  * @lacks: after the switch: chunks of which it lacks pages
@@ -118,6 +119,7 @@ struct rram_source {
 	unsigned long nr_replaced;
 	atomic_t regs;
 	struct scatterlist *sg;
+	unsigned long bad[BITS_TO_LONGS(RRAM_CHUNK_PAGES)];
 	unsigned long *known;
 	unsigned long *want;
 	unsigned long *lacks;
@@ -202,6 +204,12 @@ static struct page *rram_page_at(struct rram_file *f, unsigned long index,
 	return page;		/* with the folio's reference */
 }
 
+/* Whether it is the page that is bad, and not the moment. */
+static bool rram_is_unreadable(int err)
+{
+	return err == -EIO || err == -EHWPOISON;
+}
+
 static void rram_put_page(struct page *page)
 {
 	if (page != ZERO_PAGE(0))
@@ -245,6 +253,18 @@ static int rram_register(struct rram_session *s, unsigned long index)
 		u64 dma;
 
 		c->page[i] = rram_page_at(s->f, c->first + i, &err);
+		if (!c->page[i] && rram_is_unreadable(err)) {
+			/*
+			 * After the switch the destination is told before it
+			 * has the key, and READs nothing there. Before it, no
+			 * key says so.
+			 */
+			err = -ENOSPC;
+			if (src->swtch != RRAM_SWITCH_DONE)
+				goto free;
+			set_bit(i, src->bad);
+			c->page[i] = ZERO_PAGE(0);
+		}
 		if (!c->page[i])
 			goto free;
 		dma = ib_dma_map_page(s->dev, c->page[i], 0, PAGE_SIZE,
@@ -351,8 +371,9 @@ static bool rram_page_is_zero(struct page *page)
 }
 
 /*
- * Splits pages of a chunk into those that are zero and those that are not,
- * and sees whether what is behind the chunk's key is still what is there.
+ * Splits pages of a chunk into those that are zero, those that can't be read
+ * (in src->bad), and others, and sees whether what is behind the chunk's key is
+ * still what is there.
  */
 static int rram_sort(struct rram_session *s, unsigned long first,
 		     const unsigned long *taken, unsigned long *zero)
@@ -365,6 +386,12 @@ static int rram_sort(struct rram_session *s, unsigned long first,
 	for_each_set_bit(i, taken, RRAM_CHUNK_PAGES) {
 		struct page *page = rram_page_at(s->f, first + i, &err);
 
+		if (!page && rram_is_unreadable(err)) {
+			set_bit(i, s->src->bad);
+			if (c && c->page[i] != ZERO_PAGE(0))
+				c->stale = true;
+			continue;
+		}
 		if (!page)
 			return err;
 		if (page == ZERO_PAGE(0) || rram_page_is_zero(page))
@@ -459,15 +486,23 @@ static int rram_offer_chunk(struct rram_session *s, unsigned long first,
 	o->used = true;
 	o->first = first;
 	o->pages = 0;
+	bitmap_zero(src->bad, RRAM_CHUNK_PAGES);
 	err = rram_sort(s, first, o->taken, zero);
+	/* What can't be read stays dirty: it is for after the switch. */
+	for_each_set_bit(i, src->bad, RRAM_CHUNK_PAGES)
+		set_bit(first + i, s->f->dirty);
+	bitmap_andnot(o->taken, o->taken, src->bad, RRAM_CHUNK_PAGES);
 	bitmap_andnot(data, o->taken, zero, RRAM_CHUNK_PAGES);
 	if (!err && !bitmap_empty(data, RRAM_CHUNK_PAGES))
 		err = rram_register(s, index);
-	if (err) {
+	if (err || bitmap_empty(o->taken, RRAM_CHUNK_PAGES)) {
 		/* Nothing was promised: they are dirty as before. */
 		rram_give_back(s, o);
-		/* Its holes change too often: it goes after the switch. */
-		if (err == -ENOSPC)
+		/*
+		 * Its holes change too often, or one of its pages can't be
+		 * read: it goes after the switch.
+		 */
+		if (!err || err == -ENOSPC)
 			return 0;
 		rram_fail(s, err == -ENOMEM ? RRAM_REASON_NO_MEMORY :
 					      RRAM_REASON_DEVICE);
@@ -705,6 +740,11 @@ static int rram_list_chunk(struct rram_session *s, void **at,
 			int err;
 			struct page *page = rram_page_at(f, first + i, &err);
 
+			if (!page && rram_is_unreadable(err)) {
+				/* To be told of before there is a new key. */
+				c->stale = true;
+				continue;
+			}
 			if (!page)
 				return err;
 			if (page == ZERO_PAGE(0))
@@ -763,6 +803,25 @@ static unsigned long rram_list_whole(struct rram_session *s,
 	return n;
 }
 
+/* Sends entries, which end where @at is. */
+static void rram_send_dirty(struct rram_session *s, struct rram_buf *b, void *at)
+{
+	struct rram_msg_dirty *m = b->data;
+	void *end = m->entry;
+	unsigned int n;
+
+	/* Counted by walking them: their lengths differ. */
+	for (n = 0; end < at; n++) {
+		struct rram_wire_dirty *d = end;
+
+		end = d + 1;
+		if (d->flags & RRAM_DIRTY_BITS)
+			end += le16_to_cpu(d->nr) / 8;
+	}
+	m->nr = cpu_to_le32(n);
+	rram_msg_send(s, b, at - b->data);
+}
+
 /* Sends a part of the final set. Returns true to be called again at once. */
 static bool rram_list_step(struct rram_session *s)
 {
@@ -770,7 +829,6 @@ static bool rram_list_step(struct rram_session *s)
 	struct rram_file *f = s->f;
 	struct rram_msg_dirty *m;
 	struct rram_buf *b;
-	unsigned int n;
 	void *at, *end;
 	int err = 0;
 
@@ -807,17 +865,7 @@ static bool rram_list_step(struct rram_session *s)
 		}
 		src->final_pos = min(index << RRAM_CHUNK_SHIFT, f->npages);
 	}
-	/* Count the entries by walking them: their lengths differ. */
-	n = 0;
-	for (end = m->entry; end < at; n++) {
-		struct rram_wire_dirty *d = end;
-
-		end = d + 1;
-		if (d->flags & RRAM_DIRTY_BITS)
-			end += le16_to_cpu(d->nr) / 8;
-	}
-	m->nr = cpu_to_le32(n);
-	rram_msg_send(s, b, at - b->data);
+	rram_send_dirty(s, b, at);
 	if (err) {
 		rram_fail(s, RRAM_REASON_NO_MEMORY);
 		return false;
@@ -928,7 +976,7 @@ static long rram_next_key(struct rram_source *src)
 
 /*
  * Gives out the key of a chunk, and before it says which of the pages that
- * the destination lacks are zero.
+ * the destination lacks are zero, and which can't be read here.
  */
 static bool rram_key_step(struct rram_session *s)
 {
@@ -955,6 +1003,7 @@ static bool rram_key_step(struct rram_session *s)
 		    min(f->npages - first, RRAM_CHUNK_PAGES));
 	/* Zero pages of a chunk that had a key were named before. */
 	bitmap_zero(zero, RRAM_CHUNK_PAGES);
+	bitmap_zero(src->bad, RRAM_CHUNK_PAGES);
 	err = src->chunk[index] && !src->chunk[index]->stale ? 0 :
 	      rram_sort(s, first, map, zero);
 	if (!err)
@@ -969,18 +1018,21 @@ static bool rram_key_step(struct rram_session *s)
 				    index, err);
 		return false;
 	}
-	if (!bitmap_empty(zero, RRAM_CHUNK_PAGES)) {
+	if (!bitmap_empty(zero, RRAM_CHUNK_PAGES) ||
+	    !bitmap_empty(src->bad, RRAM_CHUNK_PAGES)) {
 		b = rram_msg_new(s, RRAM_MSG_DIRTY);
 		d = b->data;
 		at = rram_list_pages(s, d->entry, first, zero, 0,
 				     RRAM_DIRTY_ZERO);
-		/* One entry of bits, or runs of eight bytes. */
-		d->nr = cpu_to_le32(((struct rram_wire_dirty *)d->entry)->flags &
-				    RRAM_DIRTY_BITS ? 1 :
-				    (at - (void *)d->entry) /
-				    sizeof(struct rram_wire_dirty));
-		rram_msg_send(s, b, at - b->data);
+		/* Each time there is a new key: it would be READ as zeroes. */
+		at = rram_list_pages(s, at, first, src->bad, 0,
+				     RRAM_DIRTY_LOST);
+		rram_send_dirty(s, b, at);
 		bitmap_andnot(map, map, zero, RRAM_CHUNK_PAGES);
+		bitmap_and(zero, map, src->bad, RRAM_CHUNK_PAGES);
+		atomic64_add(bitmap_weight(zero, RRAM_CHUNK_PAGES),
+			     &s->count.pages_lost);
+		bitmap_andnot(map, map, src->bad, RRAM_CHUNK_PAGES);
 		bitmap_copy(f->missing + first / BITS_PER_LONG, map,
 			    round_up(min(f->npages - first, RRAM_CHUNK_PAGES),
 				     BITS_PER_LONG));

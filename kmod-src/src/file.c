@@ -153,6 +153,10 @@ static int rram_await(struct rram_file *f, unsigned long index,
 		default:
 			break;
 		}
+		if (test_bit(index, f->lost)) {
+			err = -EHWPOISON;
+			goto out;
+		}
 		if (!s) {
 			/* Ended between two looks. */
 			err = rram_missing(f, index) ? -EIO : 0;
@@ -304,11 +308,14 @@ static vm_fault_t rram_fault_missing(struct vm_fault *vmf, struct rram_file *f)
 }
 
 /* The answer to a fault on a page that will never be here; 0 if it may. */
-static vm_fault_t rram_fault_lost(struct rram_file *f)
+static vm_fault_t rram_fault_lost(struct rram_file *f, unsigned long index)
 {
+	enum rram_phase phase = READ_ONCE(f->phase);
 	struct rram_session *s;
 
-	switch (READ_ONCE(f->phase)) {
+	if (test_bit(index, f->lost))
+		phase = RRAM_PHASE_LOST;
+	switch (phase) {
 	case RRAM_PHASE_LOST:
 		s = rram_session_get(f);
 		if (s) {
@@ -365,7 +372,7 @@ again:
 	}
 	if (phase == RRAM_PHASE_AHEAD)
 		up_read(&f->stale);
-	ret = rram_fault_lost(f);
+	ret = rram_fault_lost(f, vmf->pgoff);
 	if (ret)
 		return ret;
 	ret = rram_fault_missing(vmf, f);
@@ -621,6 +628,17 @@ unlock:
 	return ret;
 }
 
+/* Takes a page, also one that is kept taken because it is lost. */
+static bool rram_take_any(struct rram_file *f, unsigned long index)
+{
+	if (!test_and_set_bit_lock(index, f->inflight))
+		return true;
+	if (!test_and_clear_bit(index, f->lost))
+		return false;
+	atomic_long_dec(&f->nr_lost);
+	return true;
+}
+
 /*
  * Punches pages out that may be missing. They are taken first, so that no READ
  * brings them, and those that are on their way are waited for. What was missing
@@ -634,8 +652,7 @@ static void rram_punch_taken(struct rram_file *f, unsigned long first,
 
 	/* In ascending order, as rram_take_zero() does. */
 	for (i = first; i <= last; i++)
-		wait_event(*rram_waitq(f, i),
-			   !test_and_set_bit_lock(i, f->inflight));
+		wait_event(*rram_waitq(f, i), rram_take_any(f, i));
 	/*
 	 * Without shmem's lock, whose holders may fault while f->stale is held
 	 * here: our inode's lock keeps them away.
@@ -807,9 +824,12 @@ int rram_file_bitmaps(struct rram_file *f)
 		f->missing = kvcalloc(longs, sizeof(long), RRAM_GFP);
 	if (!f->inflight)
 		f->inflight = kvcalloc(longs, sizeof(long), RRAM_GFP);
+	if (!f->lost)
+		f->lost = kvcalloc(longs, sizeof(long), RRAM_GFP);
 	if (!f->heat)
 		f->heat = kvzalloc(f->npages, RRAM_GFP);
-	return f->dirty && f->missing && f->inflight && f->heat ? 0 : -ENOMEM;
+	return f->dirty && f->missing && f->inflight && f->lost && f->heat ?
+	       0 : -ENOMEM;
 }
 
 int rram_file_init(struct rram_file *f)
@@ -831,8 +851,10 @@ int rram_file_init(struct rram_file *f)
 	f->dirty = NULL;
 	f->missing = NULL;
 	f->inflight = NULL;
+	f->lost = NULL;
 	f->heat = NULL;
 	atomic_long_set(&f->nr_missing, 0);
+	atomic_long_set(&f->nr_lost, 0);
 	atomic64_set(&f->late_writes, 0);
 	f->shmem = rram_shmem_new("remote_ram", 0);
 	if (IS_ERR(f->shmem)) {
@@ -874,6 +896,7 @@ void rram_file_destroy(struct rram_file *f)
 	kvfree(f->dirty);
 	kvfree(f->missing);
 	kvfree(f->inflight);
+	kvfree(f->lost);
 	kvfree(f->heat);
 }
 

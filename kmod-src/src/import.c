@@ -307,7 +307,7 @@ static void rram_fetch_done(struct ib_cq *cq, struct ib_wc *wc)
 		rram_offer_put(s, offer);
 	/* The last that is touched: who waits for none to be active may go. */
 	if (atomic_dec_and_test(&dst->active) || cause != RRAM_CAUSE_DEMAND ||
-	    !came || !atomic_long_read(&s->f->nr_missing))
+	    !came || !rram_lacking(s->f))
 		rram_poke(s);
 }
 
@@ -667,6 +667,17 @@ static void rram_patience(struct rram_session *s)
 
 /* -- Before the switch ---------------------------------------------------- */
 
+/* Takes a page's bit. A READ by a fault may be on its way. */
+static void rram_take(struct rram_session *s, unsigned long index)
+{
+	struct rram_file *f = s->f;
+
+	while (!wait_event_timeout(f->wait[index % RRAM_WAITS],
+				   !test_and_set_bit_lock(index, f->inflight),
+				   RRAM_TICK))
+		rram_patience(s);
+}
+
 /* These pages are zero at the source. After the switch, a page at a time. */
 static void rram_take_zero(struct rram_session *s, unsigned long first,
 			   unsigned int nr)
@@ -674,13 +685,8 @@ static void rram_take_zero(struct rram_session *s, unsigned long first,
 	struct rram_file *f = s->f;
 	unsigned long i;
 
-	for (i = first; i < first + nr; i++) {
-		/* A READ by a fault may be on its way. */
-		while (!wait_event_timeout(f->wait[i % RRAM_WAITS],
-					   !test_and_set_bit_lock(i, f->inflight),
-					   RRAM_TICK))
-			rram_patience(s);
-	}
+	for (i = first; i < first + nr; i++)
+		rram_take(s, i);
 	/* It may have been punched out, and written, while this waited. */
 	if (rram_switched(s->state) && !test_bit(first, f->missing)) {
 		rram_untake(f, first);
@@ -938,12 +944,41 @@ static void rram_list_run(struct rram_session *s, unsigned long first,
 	}
 }
 
+/*
+ * The source can't read this page: who touches it is told so, as of bad memory.
+ * Its bit in f->inflight stays taken, so nobody READs what the source put in its
+ * place, until the page is punched out.
+ */
+static void rram_lose(struct rram_session *s, unsigned long index)
+{
+	struct rram_file *f = s->f;
+
+	if (!test_bit(index, f->missing) || test_bit(index, f->lost))
+		return;
+	rram_take(s, index);
+	/* It may have come, or have been punched out, while this waited. */
+	if (!test_bit(index, f->missing)) {
+		rram_untake(f, index);
+		return;
+	}
+	/* Counted before it can be punched out. */
+	atomic_long_inc(&f->nr_lost);
+	atomic64_inc(&s->count.pages_lost);
+	set_bit(index, f->lost);
+	rram_wake_page(f, index);
+}
+
 /* Some pages that are alike; they lie within the file. */
 static void rram_list_pages(struct rram_session *s, unsigned long first,
 			    unsigned int nr, u8 heat, u8 flags)
 {
 	unsigned long i;
 
+	if (flags & RRAM_DIRTY_LOST) {
+		for (i = first; i < first + nr; i++)
+			rram_lose(s, i);
+		return;
+	}
 	if (!(flags & RRAM_DIRTY_ZERO)) {
 		rram_list_run(s, first, nr, heat);
 		return;
@@ -954,7 +989,7 @@ static void rram_list_pages(struct rram_session *s, unsigned long first,
 	}
 	/* After the switch: not what the guest has got otherwise. */
 	for (i = first; i < first + nr; i++)
-		if (test_bit(i, s->f->missing))
+		if (test_bit(i, s->f->missing) && !test_bit(i, s->f->lost))
 			rram_take_zero(s, i, 1);
 }
 
@@ -969,8 +1004,10 @@ static bool rram_list_entry(struct rram_session *s,
 	if (d->heat >= RRAM_HEAT_CLASSES || !nr || first >= f->npages ||
 	    (!bits && nr > f->npages - first))
 		return false;
-	/* After the switch nothing becomes missing any more. */
-	if (!(d->flags & RRAM_DIRTY_ZERO) && rram_switched(s->state))
+	/* After the switch nothing becomes missing any more; before it, lost. */
+	if (rram_switched(s->state) ?
+	    !(d->flags & (RRAM_DIRTY_ZERO | RRAM_DIRTY_LOST)) :
+	    d->flags & RRAM_DIRTY_LOST)
 		return false;
 	if (d->flags & RRAM_DIRTY_REKEY) {
 		unsigned long last = (first + nr - 1) >> RRAM_CHUNK_SHIFT;
@@ -1273,7 +1310,7 @@ static bool rram_tell(struct rram_session *s)
 		return false;
 	b = rram_msg_new(s, RRAM_MSG_PROGRESS);
 	m = b->data;
-	m->missing = cpu_to_le64(atomic_long_read(&s->f->nr_missing));
+	m->missing = cpu_to_le64(rram_lacking(s->f));
 	m->demand = cpu_to_le64(atomic64_read(&c->pages_demand));
 	m->bubble = cpu_to_le64(atomic64_read(&c->pages_bubble));
 	m->background = cpu_to_le64(atomic64_read(&c->pages_background));
@@ -1300,7 +1337,9 @@ static void rram_dest_complete(struct rram_session *s)
 {
 	struct rram_file *f = s->f;
 
-	WRITE_ONCE(f->phase, RRAM_PHASE_PLAIN);
+	/* For pages that are lost it stays as if all that is missing were. */
+	WRITE_ONCE(f->phase, atomic_long_read(&f->nr_lost) ? RRAM_PHASE_LOST :
+							     RRAM_PHASE_PLAIN);
 	s->dst->ended_at = jiffies;
 	rram_set_state(s, RRAM_STATE_COMPLETE, RRAM_REASON_NONE);
 	rram_tell(s);
@@ -1328,10 +1367,10 @@ bool rram_dest_step(struct rram_session *s)
 		if (time_after(jiffies, s->dst->told_at +
 			       msecs_to_jiffies(s->args.heartbeat_ms)))
 			rram_tell(s);
-		if (atomic_long_read(&f->nr_missing))
+		if (rram_lacking(f))
 			rram_pull_step(s);
 		/* A page that is not missing may still have to be unlocked. */
-		if (!atomic_long_read(&f->nr_missing) &&
+		if (!rram_lacking(f) &&
 		    !atomic_read(&s->dst->active) && s->dst->answered)
 			rram_dest_complete(s);
 	}

@@ -187,9 +187,11 @@ static int rram_empty(struct rram_file *f)
 	shmem_truncate_range(rram_inner(f), 0, (loff_t)-1);
 	bitmap_set(f->missing, 0, f->npages);
 	bitmap_zero(f->inflight, f->npages);
+	bitmap_zero(f->lost, f->npages);
 	bitmap_zero(f->dirty, f->npages);
 	memset(f->heat, 0, f->npages);
 	atomic_long_set(&f->nr_missing, f->npages);
+	atomic_long_set(&f->nr_lost, 0);
 	f->frozen = false;
 	f->large = false;
 	/* The bitmaps before those who look at them. */
@@ -334,7 +336,7 @@ static long rram_get_stats(struct rram_file *f, struct rram_session *s,
 	st->abi = RRAM_ABI_VERSION;
 	st->pages = f->npages;
 	if (f->phase != RRAM_PHASE_PLAIN)
-		st->pages_missing = atomic_long_read(&f->nr_missing);
+		st->pages_missing = rram_lacking(f);
 	err = copy_to_user(arg, st, min_t(size_t, size, sizeof(*st))) ?
 	      -EFAULT : 0;
 	kfree(st);

@@ -88,8 +88,10 @@ struct rram_file {
 	unsigned long *dirty;
 	unsigned long *missing;
 	unsigned long *inflight;
+	unsigned long *lost;
 	u8 *heat;
 	atomic_long_t nr_missing;
+	atomic_long_t nr_lost;
 	atomic64_t late_writes;
 	struct rw_semaphore stale;
 	wait_queue_head_t wait[RRAM_WAITS];
@@ -103,6 +105,12 @@ static inline struct rram_file *rram_file_of(struct inode *inode)
 static inline struct inode *rram_inner(struct rram_file *f)
 {
 	return file_inode(f->shmem);
+}
+
+/* Pages that are missing and may come. */
+static inline long rram_lacking(struct rram_file *f)
+{
+	return atomic_long_read(&f->nr_missing) - atomic_long_read(&f->nr_lost);
 }
 
 /* Counters of a session; a copy of struct rram_stats is filled from them. */

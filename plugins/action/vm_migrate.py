@@ -40,8 +40,7 @@ def progress_line(vm: str, to: str, record: dict) -> str:
         if record["result"] == "moved":
             words.append(f"in {record['total_ms'] / 1000:.1f} s" if record.get("total_ms") is not None else "")
             words.append(f"downtime {record['downtime_ms']} ms" if record.get("downtime_ms") is not None else "")
-        else:
-            words.append(record["reason"])
+        words.append(record["reason"])
         return ", ".join(word for word in words if word)
     if record.get("remaining_mib") is not None:
         words.append(f"{record['percent']} %")

@@ -370,7 +370,10 @@ class Outgoing(_migrate_qmp.Outgoing):
             ram.release()
         _migrate_qmp.remove([ram.path for ram in self.files])
         forget(self.name)
-        self.record.finish("moved", on="destination", bytes=sent)
+        lost = sum(entry["pages_lost"] for entry in stats)
+        # Bad memory here: all else has moved, and the guest learns of these as it would have here.
+        reason = f"{lost} pages could not be read here; the guest gets a machine check when it touches one of them" if lost else ""
+        self.record.finish("moved", reason, on="destination", bytes=sent)
 
     def _take_up(self) -> None:
         """Goes on where a unit that died had got to."""
@@ -479,7 +482,7 @@ class Incoming(_migrate_qmp.Incoming):
                 break
             time.sleep(POLL)
         paths = ", ".join(block["path"] for block in self.job["ram"])
-        if all(entry["state"] == "complete" for entry in stats):
+        if all(entry["state"] == "complete" and not entry["pages_lost"] for entry in stats):
             return f"; its RAM is whole in {paths}"
         return f"; of its RAM in {paths}, {sum(entry['pages_lost'] for entry in stats)} pages are lost"
 

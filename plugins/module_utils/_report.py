@@ -360,7 +360,7 @@ def _found_elsewhere(fate: str, entry: dict, migration: dict, place: str, host: 
     if migration and claim is None:
         phase = migration.get("phase") or "unknown"
         return "failed", f"runs on {place}, but its migration has not finished (phase {phase}): keep {host} up, memory may still be there", False
-    notes = []
+    notes = [migration["reason"]] if claim == "moved" and migration.get("reason") else []
     if claim in ("failed", "aborted"):
         notes.append(f"runs on {place}, although its migration was reported as {claim}{_because(migration)}")
     elif not migration:

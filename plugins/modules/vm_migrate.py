@@ -192,7 +192,7 @@ migration:
     to: {description: Where it goes., type: str, returned: always, sample: hv2}
     phase: {description: "One of starting, precopy, switch, postcopy, recovering, finished.", type: str, returned: always, sample: finished}
     result: {description: "One of moved, failed, aborted; null before it ended.", type: str, returned: always, sample: moved}
-    reason: {description: Why it failed., type: str, returned: always, sample: ""}
+    reason: {description: "Why it failed; of one that moved, what did not.", type: str, returned: always, sample: ""}
     "on": {description: "Which side runs the virtual machine: source, destination, or unknown.", type: str, returned: always, sample: destination}
     downtime_ms: {description: How long the virtual machine stood still at the switch., type: int, returned: always, sample: 120}
     total_ms: {description: From start to last page., type: int, returned: always, sample: 7300}

@@ -462,6 +462,8 @@ static void obey(char *line)
 		ret = madvise(ram, pages * PAGE, MADV_COLLAPSE);
 	else if (!strcmp(what, "pageout"))
 		ret = madvise(ram, pages * PAGE, MADV_PAGEOUT);
+	else if (!strcmp(what, "poison"))
+		ret = madvise(ram + page * PAGE, PAGE, MADV_HWPOISON);
 	else if (!strcmp(what, "pin"))
 		ret = (errno = -pin_long(ram + page * PAGE)) ? -1 : 0;
 	else if (!strcmp(what, "fork"))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import time
 
@@ -355,6 +356,59 @@ def test_rule_4_cut_for_good(ram):
         assert file.dst("stats")["pages_lost"] > 0
         assert file.dst("stats")["faults_poison"] > 0
         assert "Input/output error" in file.dest.sh(f"dd if={file.path} of=/dev/null bs=4096 skip=400 count=1 2>&1", check=False)
+
+
+@pytest.mark.expect("hardware memory corruption")
+@pytest.mark.parametrize("when", ["before", "ahead", "dirty"])
+def test_rule_4_a_page_that_the_source_can_not_read(ram, when):
+    """Bad memory under one page, which goes bad before all, when it was copied ahead, or when it was written after that.
+
+    All other pages move, and what the destination has not got of that one it tells by a machine check, for it alone.
+    """
+    file = ram(4)
+    owner = file.source.program("hold", file.path)
+    owner.hear()
+
+    def spoil():
+        # The owner of the memory may be told by a signal.
+        assert owner.tell("poison 700") in ({"ret": 0, "errno": 0}, {"sigbus": 5}, {"sigbus": 4})
+
+    if when == "before":
+        spoil()
+    file.connect()
+    file.precopy(400)
+    if when != "before":
+        file.precopy(3600000, stop=1)
+        if when == "dirty":
+            assert owner.tell("sweep 600 0") == {"ret": 0, "errno": 0}
+        spoil()
+    file.dst("tune", what=BACKGROUND, value=0)
+    file.switch()
+    here = file.dest.program("hold", file.path)
+    here.hear()
+    good, bad = here.tell("peek 701"), here.tell("peek 700")
+    assert good.get("value")
+    file.dst("tune", what=BACKGROUND, value=1)
+    file.complete()
+    lost = 0 if when == "ahead" else 1
+    for stats in (file.src("stats"), file.dst("stats")):
+        assert (stats["pages_lost"], stats["pages_missing"]) == (lost, 0)
+    if when != "dirty":  # of which the shadow knows nothing
+        last = file.judge(file.dest.program("check", file.path, file.shadow, 1, "left"), 1)
+        assert last["lost"] == lost
+    assert here.tell("peek 701") == good
+    if not lost:
+        assert bad.get("value") and here.tell("peek 700") == bad
+        return
+    assert bad == here.tell("peek 700") == {"sigbus": 4}
+    assert file.dst("stats")["faults_poison"] == 2
+    # A file that has lost a page can't be given to others. What is punched out is not missed any more.
+    file.release()
+    with pytest.raises(OSError) as caught:
+        file.dst("session", what="export", address=file.source.address, port=7000)
+    assert caught.value.errno == errno.EBUSY
+    assert here.tell("remove 700 1") == {"ret": 0, "errno": 0}
+    assert here.tell("peek 700") == {"value": 0} and here.tell("peek 701") == good
 
 
 def test_rule_4_the_device_goes_while_there_is_no_connection(ram, transport):

@@ -36,7 +36,7 @@
 
 #define RRAM_FS_MAGIC		0x52524d46	/* f_type of statfs(2): "RRMF" */
 #define RRAM_ABI_VERSION	1	/* of this file */
-#define RRAM_WIRE_VERSION	2	/* of what two hosts say to each other */
+#define RRAM_WIRE_VERSION	3	/* of what two hosts say to each other */
 #define RRAM_UUID_LEN		16
 #define RRAM_TOKEN_LEN		16
 #define RRAM_ADDR_LEN		128	/* a struct sockaddr_storage */
@@ -299,7 +299,9 @@ struct rram_process_args {
  * @pages_missing: pages that are not here (destination)
  * @pages_dirty: pages that the destination lacks, before the switch (source);
  *	at the switch, how many it lacked
- * @pages_lost: pages declared lost
+ * @pages_lost: pages that the destination lacks and will not get: the source
+ *	can't read them, or is gone for good; @pages_missing does not count those
+ *	that the source can't read
  * @bytes_ahead: bytes read by the destination before the switch
  * @bytes_after: bytes read by the destination after the switch
  * @late_writes: writes to the source after the switch: must stay 0

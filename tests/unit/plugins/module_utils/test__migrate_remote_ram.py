@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+from ansible_collections.hecaton.fleet.plugins.action.vm_migrate import progress_line
 from ansible_collections.hecaton.fleet.plugins.module_utils import _migrate_qmp, _migrate_remote_ram, _migration
 from ansible_collections.hecaton.fleet.plugins.module_utils._migration import Aborted, MigrationError, Record
 from ansible_collections.hecaton.fleet.plugins.module_utils._qmp import QmpError
@@ -41,7 +42,7 @@ class World:
     def __init__(self, clock):
         self.clock = clock
         self.told = []
-        self.role, self.state, self.reason, self.missing = "none", "none", "", 0
+        self.role, self.state, self.reason, self.missing, self.lost = "none", "none", "", 0, 0
         self.migrate = "none"  # what query-migrate says
         self.alive = True
         self.silent = False  # it runs, and does not answer
@@ -119,6 +120,7 @@ def world(monkeypatch, clock, tmp_path):
             if "stats" in world.refuse:
                 raise world.refuse["stats"]
             counts = {**dict.fromkeys(_STATS_COUNTS, 0), "pages": 32768, "pages_missing": world.missing, "remaining_us": None}
+            counts["pages_lost"] = world.lost
             return {**counts, "role": world.role, "state": world.state, "reason": world.reason, "rounds": 1, "wait_hist": [0] * 32, "read_hist": [0] * 32}
 
         def export(self, *arguments, **more):
@@ -189,6 +191,15 @@ def test_the_source_qemu_ends_before_the_last_page_has_left(world, tmp_path):
     moving.run()
     assert world.told.index("quit") < world.told.index("unlink /run/remote_ram/web1.ram")
     assert world.clock.now >= 15
+
+
+def test_pages_that_could_not_be_read_are_told_of(world, tmp_path):
+    world.lost = 3
+    moving = outgoing(tmp_path)
+    moving.run()
+    data = moving.record.data
+    assert data["result"] == "moved" and data["reason"].startswith("3 pages could not be read here")
+    assert progress_line("web1", "hv2", data).endswith(data["reason"])
 
 
 def test_without_precopy_nothing_is_copied_ahead(world, tmp_path):

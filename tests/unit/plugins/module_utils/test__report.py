@@ -58,6 +58,11 @@ def test_reported_failure_but_on_the_destination_has_moved():
     assert outcome([state], {"web1": "hv2"}) == ("moved", "runs on hv2, although its migration was reported as failed: lost ssh", True, 0)
 
 
+def test_what_did_not_move_along_is_told():
+    state = {**MOVED, "reason": "2 pages could not be read here"}
+    assert outcome([state], {"web1": "hv2"}) == ("moved", "2 pages could not be read here", True, 0)
+
+
 def test_claimed_moved_but_on_the_source_has_failed():
     assert outcome([MOVED], {"web1": "hv1"}) == ("failed", "its migration says that it moved to hv2, but it is still on hv1", False, 1)
 
