@@ -35,6 +35,7 @@
  * @nr: number of pages
  * @ready: the registration was made
  * @stale: something behind the key has changed
+ * @patched: there are zeroes behind the key in place of what can't be read
  * @page: what is behind the key; the zero page for a hole; NULL once the key
  *	that took over holds it
  * @dma: where the device sees it, or NULL if devices see it as we do
@@ -49,6 +50,7 @@ struct rram_chunk {
 	unsigned int nr;
 	bool ready;
 	bool stale;
+	bool patched;
 	struct page **page;
 	dma_addr_t *dma;
 	struct ib_reg_wr wr;
@@ -264,6 +266,7 @@ static int rram_register(struct rram_session *s, unsigned long index)
 				goto free;
 			set_bit(i, src->bad);
 			c->page[i] = ZERO_PAGE(0);
+			c->patched = true;
 		}
 		if (!c->page[i])
 			goto free;
@@ -1024,7 +1027,7 @@ static bool rram_key_step(struct rram_session *s)
 		d = b->data;
 		at = rram_list_pages(s, d->entry, first, zero, 0,
 				     RRAM_DIRTY_ZERO);
-		/* Each time there is a new key: it would be READ as zeroes. */
+		/* On each connection that a key is sent on: see rram_chunk. */
 		at = rram_list_pages(s, at, first, src->bad, 0,
 				     RRAM_DIRTY_LOST);
 		rram_send_dirty(s, b, at);
@@ -1251,7 +1254,8 @@ void rram_source_unlinked(struct rram_session *s)
 	src->nr_replaced = 0;
 	for (i = 0; i < src->nr_chunks; i++) {
 		c = src->chunk[i];
-		if (c && !c->ready) {
+		/* The next connection has to be told what a key hides. */
+		if (c && (!c->ready || c->patched)) {
 			src->chunk[i] = NULL;
 			rram_chunk_free(c);
 		}

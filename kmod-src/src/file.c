@@ -252,10 +252,8 @@ static vm_fault_t rram_fault_missing(struct vm_fault *vmf, struct rram_file *f)
 		 */
 		if (s) {
 			atomic64_inc(&s->count.faults_nowait);
-			if (rram_demand_ahead(s, index)) {
+			if (rram_demand_ahead(s, index))
 				atomic64_inc(&s->count.faults_begun);
-				rram_dest_fault(s, index);
-			}
 			rram_session_put(s);
 		}
 		return VM_FAULT_RETRY;
@@ -523,12 +521,17 @@ unlock:
  */
 int rram_allow_collapse(struct rram_file *f, pid_t nr)
 {
-	struct pid *pid = find_get_pid(nr);
-	struct task_struct *task = get_pid_task(pid, PIDTYPE_PID);
 	struct vm_area_struct *vma;
+	struct task_struct *task;
 	struct mm_struct *mm;
+	struct pid *pid;
 	int err = -EINTR;
 
+	/* Who waits for a page may hold what is asked for below. */
+	if (READ_ONCE(f->phase) != RRAM_PHASE_PLAIN)
+		return -EBUSY;
+	pid = find_get_pid(nr);
+	task = get_pid_task(pid, PIDTYPE_PID);
 	put_pid(pid);
 	if (!task)
 		return -ESRCH;

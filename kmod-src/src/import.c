@@ -1001,6 +1001,8 @@ static bool rram_list_entry(struct rram_session *s,
 	struct rram_file *f = s->f;
 	struct rram_dest *dst = s->dst;
 
+	if (d->flags & ~RRAM_DIRTY_FLAGS)
+		return false;
 	if (d->heat >= RRAM_HEAT_CLASSES || !nr || first >= f->npages ||
 	    (!bits && nr > f->npages - first))
 		return false;
@@ -1067,6 +1069,8 @@ static bool rram_listed(struct rram_session *s, struct rram_buf *b)
 			at += n / 8;
 		}
 		fine = rram_list_entry(s, d, bits);
+		/* An entry may name all of the file, and do nothing. */
+		cond_resched();
 	}
 	if (ahead)
 		up_write(&f->stale);
@@ -1197,7 +1201,7 @@ static void rram_ask_for_keys(struct rram_session *s)
 
 /*
  * Whether a chunk's key has been waited for so long that others go first: the
- * source may be unable to read one of its pages.
+ * source may have no room for it.
  */
 static bool rram_stuck(struct rram_session *s, unsigned long chunk)
 {
@@ -1337,9 +1341,9 @@ static void rram_dest_complete(struct rram_session *s)
 {
 	struct rram_file *f = s->f;
 
-	/* For pages that are lost it stays as if all that is missing were. */
-	WRITE_ONCE(f->phase, atomic_long_read(&f->nr_lost) ? RRAM_PHASE_LOST :
-							     RRAM_PHASE_PLAIN);
+	/* What is missing now is lost, or about to be punched out. */
+	WRITE_ONCE(f->phase, atomic_long_read(&f->nr_missing) ?
+			     RRAM_PHASE_LOST : RRAM_PHASE_PLAIN);
 	s->dst->ended_at = jiffies;
 	rram_set_state(s, RRAM_STATE_COMPLETE, RRAM_REASON_NONE);
 	rram_tell(s);

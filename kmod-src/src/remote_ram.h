@@ -68,7 +68,10 @@ struct rram_session;
  *	bit owns the page until it is cleared
  * @heat: source: round in which a page was last found dirty. Destination:
  *	its enum rram_heat
+ * @lost: destination: pages that are missing and that the source can't read;
+ *	their bits in @inflight stay taken
  * @nr_missing: bits in @missing
+ * @nr_lost: bits in @lost
  * @late_writes: writes after the file was frozen
  * @stale: held for writing while pages become missing
  * @wait: where those sleep who wait for a page
@@ -110,7 +113,14 @@ static inline struct inode *rram_inner(struct rram_file *f)
 /* Pages that are missing and may come. */
 static inline long rram_lacking(struct rram_file *f)
 {
-	return atomic_long_read(&f->nr_missing) - atomic_long_read(&f->nr_lost);
+	long missing = atomic_long_read(&f->nr_missing);
+
+	/*
+	 * In this order, as who punches a lost page out counts it down the other
+	 * way: what is seen between the two is too many, never too few.
+	 */
+	smp_rmb();
+	return missing - atomic_long_read(&f->nr_lost);
 }
 
 /* Counters of a session; a copy of struct rram_stats is filled from them. */

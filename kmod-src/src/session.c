@@ -186,10 +186,11 @@ void rram_fail(struct rram_session *s, enum rram_reason reason)
 static bool rram_messages(struct rram_session *s)
 {
 	struct rram_msg_abort *abort;
+	unsigned int n = 0;
 	struct rram_buf *b;
 	bool fine = true;
 
-	while (fine && (b = rram_msg_next(s))) {
+	while (fine && n < RRAM_MSG_DEPTH && (b = rram_msg_next(s))) {
 		struct rram_msg *msg = b->data;
 
 		switch (msg->type) {
@@ -231,9 +232,13 @@ static bool rram_messages(struct rram_session *s)
 			}
 		}
 		rram_msg_done(s, b);
+		n++;
 		if (s->broken)
 			break;
 	}
+	/* One who never stops talking does not keep the thread from the rest. */
+	if (n == RRAM_MSG_DEPTH)
+		rram_poke(s);
 	return fine;
 }
 

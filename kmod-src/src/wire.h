@@ -176,6 +176,7 @@ struct rram_wire_dirty {
 #define RRAM_DIRTY_ZERO	2	/* they are all zero */
 #define RRAM_DIRTY_REKEY	4	/* keys of these chunks are void */
 #define RRAM_DIRTY_LOST	8	/* the source can't read them; after the switch */
+#define RRAM_DIRTY_FLAGS	15
 
 /**
  * struct rram_msg_dirty - a part of the final set
