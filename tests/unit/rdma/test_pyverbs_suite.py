@@ -70,10 +70,12 @@ class Host:
         "test_addr": (1, SAID + "Ran 4 tests in 1.0s\n"),
         "test_mr": (124, "test_hangs (tests.test_mr.MRTest.test_hangs) ... "),
         "test_pd": (0, "test_pd (tests.test_pd.PDTest.test_pd) ... ok\n\nRan 1 test in 0.1s\n"),
+        "test_mr.MRTest.test_old_style": (1, SAID + "Ran 4 tests in 1.0s\n"),
     }
 
-    def __init__(self):
+    def __init__(self, **other):
         self.ran = []
+        self.said = {**self.said, **other}
 
     def ssh(self, host, command, **how):
         if "infiniband" in command:
@@ -92,7 +94,7 @@ def test_a_file_that_hangs_does_not_take_the_others_with_it(suite, tmp_path, mon
     monkeypatch.setattr(suite.ready, "archives", dict)
     host = Host()
     wrong = suite.run(host, "siw", ["test_addr", "test_mr", "test_odp", "test_pd"])
-    assert host.ran == ["test_addr", "test_mr", "test_pd"]
+    assert host.ran == ["test_addr", *["test_mr.MRTest.test_old_style"] * 2, "test_mr", "test_pd"]
     assert "test_mr did not come to its end (status 124)" in wrong[0]
     assert wrong[1:] == [f"siw: test_mr.MRTest.test_old_style ended with {BROKEN}", "siw: test_pd.PDTest.test_pd passes; take it off the list"]
     assert len(json.loads((tmp_path / "pyverbs-siw.json").read_text())) == 5
@@ -102,3 +104,16 @@ def test_a_file_that_hangs_does_not_take_the_others_with_it(suite, tmp_path, mon
         "| 1 | left out | stops the host | `test_odp` |",
         "| 1 | skipped | No DM support | `test_device.DMTest.test_dm_bad` |",
     ]
+
+
+def test_what_passes_when_it_is_run_again_is_told(suite, tmp_path, monkeypatch):
+    (tmp_path / "pyverbs.json").write_text(json.dumps({"siw": {"test_mr.MRTest.test_noisy": "is noisy"}}))
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    monkeypatch.setattr(suite, "OUT", tmp_path)
+    monkeypatch.setattr(suite.playbook, "run", lambda *args: 0)
+    monkeypatch.setattr(suite.ready, "archives", dict)
+    host = Host(**{"test_mr.MRTest.test_old_style": (0, "test_old_style (tests.test_mr.MRTest) ... ok\n\nRan 1 test in 0.1s\n")})
+    assert suite.run(host, "siw", ["test_addr"]) == []
+    assert host.ran == ["test_addr", "test_mr.MRTest.test_old_style"]
+    assert json.loads((tmp_path / "pyverbs-siw.json").read_text())["test_mr.MRTest.test_old_style"] == "ok"
+    assert f"| 1 | at first fails, then ok | {BROKEN} | `test_mr.MRTest.test_old_style` |" in (tmp_path / "pyverbs-siw.md").read_text()
