@@ -36,6 +36,7 @@ UNTOLD = {"session": {"connect_ms": 10000, "heartbeat_ms": 1000, "dead_ms": 5000
 
 NONE, LISTENING, CONNECTING, CONNECTED, PRECOPY, SWITCHING, POSTCOPY, RECONNECTING, COMPLETE, FAILED, LOST = range(11)
 REASONS = "none version token uuid size busy state protocol unreachable timeout disconnected aborted peer_aborted no_memory device".split()
+TRACING = "/sys/kernel/tracing"
 BANDWIDTH, BUSY_POLL_US, BATCH_PAGES, BACKGROUND = 1, 2, 3, 4
 MIB = 1 << 20
 
@@ -412,6 +413,18 @@ def cut(host, how):
         for each in hosts:
             each.sh(end)
             each.cut = False
+
+
+@contextlib.contextmanager
+def traced(hosts):
+    """The module's tracepoints are on, on some hosts. What is yielded tells a host's trace."""
+    try:
+        for host in hosts:
+            host.sh(f"cd {TRACING} && echo 4096 > buffer_size_kb && echo > trace && echo 1 > tracing_on && echo 1 > events/remote_ram/enable")
+        yield lambda host: host.sh(f"cat {TRACING}/trace")
+    finally:
+        for host in hosts:
+            host.sh(f"cd {TRACING} && echo 0 > events/remote_ram/enable && echo > trace")
 
 
 def console(lab, name):

@@ -20,9 +20,8 @@ import test_guest
 
 import build
 import hosts as tools
-from hosts import BACKGROUND, wait_for
+from hosts import BACKGROUND, TRACING, wait_for
 
-TRACING = "/sys/kernel/tracing"
 EVENT = re.compile(r" (\d+\.\d+): (rram_fault|rram_fault_done): ino=\d+ page=(\d+)")
 
 

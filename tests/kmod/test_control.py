@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from hosts import BACKGROUND, BANDWIDTH, PRECOPY, slow, slow_down, wait_for
+from hosts import BACKGROUND, BANDWIDTH, PRECOPY, TRACING, slow, slow_down, traced, wait_for
 
 
 def moves(ram, count, seed):
@@ -297,10 +297,7 @@ def test_how_long_faults_have_waited(ram):
 
 def test_tracepoints_fire(ram, hosts):
     """Each of them, at one end or the other, in a move with pages ahead, on demand and in the background."""
-    tracing = "/sys/kernel/tracing"
-    try:
-        for host in hosts:
-            host.sh(f"cd {tracing} && echo > trace && echo 1 > tracing_on && echo 1 > events/remote_ram/enable")
+    with traced(hosts) as trace:
         file = ram(4).connect()
         writer = file.source.program("hold", file.path)
         writer.hear()
@@ -313,11 +310,8 @@ def test_tracepoints_fire(ram, hosts):
         assert there.tell("peek 700") == {"value": 1700}
         file.dst("tune", what=BACKGROUND, value=1)
         file.complete()
-        said = "".join(host.sh(f"cat {tracing}/trace") for host in hosts)
-    finally:
-        for host in hosts:
-            host.sh(f"cd {tracing} && echo 0 > events/remote_ram/enable && echo > trace")
-    events = hosts[0].sh(f"ls -d {tracing}/events/remote_ram/*/ | xargs -n 1 basename").split()
+        said = "".join(map(trace, hosts))
+    events = hosts[0].sh(f"ls -d {TRACING}/events/remote_ram/*/ | xargs -n 1 basename").split()
     assert len(events) >= 6
     assert [event for event in events if f" {event}: ino=" not in said] == []
     for cause in ("ahead", "demand", "background"):

@@ -77,12 +77,16 @@ class Peer:
         export()
         assert file.src("wait", states=[CONNECTED], ms=20000)[0] == CONNECTED
 
+    def receive(self, patience=20000):
+        """The next message."""
+        answer = self.tell("recv", BULK, slow(patience))
+        assert answer.get("message"), answer
+        return bytes.fromhex(answer["message"])
+
     def next(self, kind, patience=20000):
         """The next message of a kind; others are passed over."""
         while True:
-            answer = self.tell("recv", BULK, slow(patience))
-            assert answer.get("message"), answer
-            data = bytes.fromhex(answer["message"])
+            data = self.receive(patience)
             if data[4] == kind:
                 return data
 
@@ -246,8 +250,7 @@ def lost_before_key(hostile, chunk):
     """The pages of which the module says that they can't be read, up to the key of their chunk."""
     lost = []
     while True:
-        answer = hostile.tell("recv", BULK, slow(20000))
-        data = bytes.fromhex(answer["message"])
+        data = hostile.receive()
         if data[4] == KEY and struct.unpack_from("<I", data, 12) == (chunk,):
             return lost
         at = 12

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hosts import BACKGROUND, COMPLETE, CONNECTED, FAILED, LOST, POSTCOPY, Program, cut, slow, slow_down, wait_for
+from hosts import BACKGROUND, COMPLETE, CONNECTED, FAILED, LOST, POSTCOPY, Program, cut, slow, slow_down, traced, wait_for
 
 ALL_WRITES = "wwwwwwcrzhmpvk"
 #: Besides, reads as a debugger's, children, and a debugger that stops who writes.
@@ -445,12 +445,8 @@ print(json.dumps([entry & (1 << 55) - 1 if entry >> 63 else None for entry in en
 
 def test_rule_7_the_device_is_told_of_the_pages_that_are_mapped(ram, hosts):
     """Frame by frame: what READs put there, and what keys let a peer READ, is what a process maps of the file, at either end."""
-    tracing, events = "/sys/kernel/tracing", ("rram_sink", "rram_key")
     file = ram(6)
-    try:
-        for host in hosts:
-            host.sh(f"cd {tracing} && echo 4096 > buffer_size_kb && echo > trace && echo 1 > tracing_on")
-            host.sh(f"cd {tracing}/events/remote_ram && for e in {' '.join(events)}; do echo 1 > $e/enable; done")
+    with traced(hosts) as trace:
         file.connect()
         file.precopy(200)
         # Of what went ahead some is stale, so all three ways of a READ are there.
@@ -465,7 +461,7 @@ def test_rule_7_the_device_is_told_of_the_pages_that_are_mapped(ram, hosts):
         file.complete()
         for host, event in ((file.source, "rram_key"), (file.dest, "rram_sink")):
             told = {}
-            for line in host.sh(f"cat {tracing}/trace").splitlines():
+            for line in trace(host).splitlines():
                 if f" {event}: " in line:
                     said = dict(word.split("=") for word in line.split(f"{event}: ")[1].split())
                     told[int(said["page"])] = int(said["pfn"])
@@ -475,7 +471,4 @@ def test_rule_7_the_device_is_told_of_the_pages_that_are_mapped(ram, hosts):
             # The kernel may have moved a page to another frame since.
             same = sum(frames[page] == pfn for page, pfn in told.items())
             assert same >= 0.9 * len(told), (host.name, event, same, len(told))
-    finally:
-        for host in hosts:
-            host.sh(f"cd {tracing}/events/remote_ram && for e in {' '.join(events)}; do echo 0 > $e/enable; done; echo > {tracing}/trace")
     file.check()

@@ -31,7 +31,8 @@ def render(name: str, **variables) -> str:
         loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update({"regex_replace": core.regex_replace, "difference": mathstuff.difference, "bool": core.to_bool})
-    return environment.get_template(f"{name}.j2").render(ansible_managed="Ansible managed", **variables)
+    fixed = yaml.safe_load((TEMPLATES.parent / "vars" / "main.yml").read_text())
+    return environment.get_template(f"{name}.j2").render(ansible_managed="Ansible managed", **fixed, **variables)
 
 
 def commands(text: str, kind: str) -> list[str]:
