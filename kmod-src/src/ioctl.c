@@ -129,6 +129,10 @@ static long rram_export(struct rram_file *f, void __user *arg)
 		return err;
 	mutex_lock(&f->control);
 	err = rram_may_begin(f);
+	/* What was lost may have been punched out since, to the last page. */
+	if (!err && f->phase == RRAM_PHASE_LOST &&
+	    !atomic_long_read(&f->nr_missing))
+		WRITE_ONCE(f->phase, RRAM_PHASE_PLAIN);
 	/* What is missing here can't be given to anybody. */
 	if (!err && f->phase != RRAM_PHASE_PLAIN)
 		err = -EBUSY;
@@ -337,6 +341,9 @@ static long rram_get_stats(struct rram_file *f, struct rram_session *s,
 	st->pages = f->npages;
 	if (f->phase != RRAM_PHASE_PLAIN)
 		st->pages_missing = rram_lacking(f);
+	/* Of the file, with or without the session that lost them. */
+	if (f->phase == RRAM_PHASE_LOST)
+		st->pages_lost = atomic_long_read(&f->nr_missing);
 	err = copy_to_user(arg, st, min_t(size_t, size, sizeof(*st))) ?
 	      -EFAULT : 0;
 	kfree(st);

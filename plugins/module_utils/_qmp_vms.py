@@ -59,7 +59,8 @@ def open_agent(run_dir: str, name: str, timeout: float = 5.0) -> QmpClient | Non
 
 def query(client: QmpClient) -> dict:
     """All that facts are made of: the answers of QEMU by command, ``arguments``, ``machine``, ``cpu``, ``memory``, ``objects`` and
-    ``devices``, which QEMU's object model answers, and ``arriving``, whether the kernel module still fetches some of its memory.
+    ``devices``, which QEMU's object model answers; ``arriving``, whether the kernel module still fetches some of its memory, and
+    ``pages_lost``, of how many pages of 4 KiB the contents are nowhere since a move.
 
     :raises QmpError: the connection was lost.
     """
@@ -77,7 +78,9 @@ def query(client: QmpClient) -> dict:
         {"id": name, "type": kind, **{key: _property(client, f"/objects/{name}", key) for key in ("mem-path", "share", "hugetlb")}}
         for name, kind in objects if kind.startswith("memory-backend-")
     ]
-    answers["arriving"] = any(_is_arriving(memory["mem-path"]) for memory in answers["memory"] if memory["mem-path"])
+    arrivals = [_arrival(memory["mem-path"]) for memory in answers["memory"] if memory["mem-path"]]
+    answers["arriving"] = any(arriving for arriving, _lost in arrivals)
+    answers["pages_lost"] = sum(lost for _arriving, lost in arrivals)
     answers["devices"] = []
     for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
         for name, kind in _children(client, folder):
@@ -92,16 +95,17 @@ def query(client: QmpClient) -> dict:
     return answers
 
 
-def _is_arriving(path: str) -> bool:
-    """Whether a file is memory of which some is still to come by the kernel module, of which QEMU knows nothing."""
+def _arrival(path: str) -> tuple[bool, int]:
+    """What QEMU doesn't know of a file that is memory: whether some is still to come by the kernel module, and how many pages never will."""
     if not is_remote_ram(path):
-        return False
+        return False, 0
     try:
         with RamFile(path, read_only=True) as ram:
             entry = ram.stats()
-            return entry["role"] == "destination" and entry["state"] in ("postcopy", "reconnecting")
     except RemoteRamError:
-        return False
+        return False, 0
+    # At a source it is what its destination has lost.
+    return entry["role"] == "destination" and entry["state"] in ("postcopy", "reconnecting"), 0 if entry["role"] == "source" else entry["pages_lost"]
 
 
 def _arguments(pid: int) -> list[str]:

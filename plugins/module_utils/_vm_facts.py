@@ -89,6 +89,11 @@ def blockers(vm: dict) -> list[dict]:
         found.append(blocker(
             "memory_hotplugged", f"its definition doesn't have all of its memory ({', '.join(vm['memory_hotplugged'])} was plugged in while it ran), "
             "and a destination is made by that; unplug it, or define it and start the VM again"))
+    if vm["pages_lost"]:
+        # A guest that touches such a page gets a machine check; QEMU, which reads it for its stream, a signal that ends it.
+        found.append(blocker(
+            "memory_lost", f"{vm['pages_lost']} pages of its memory were lost in an earlier move, and reading one of them would end its QEMU; "
+            "shut the VM down and start it again when that suits"))
     if vm["encrypted"]:
         found.append(blocker("encrypted_memory", "the guest's memory is encrypted by the processor and can't be copied"))
     if not vm["cpu"]["migratable"]:
@@ -159,7 +164,7 @@ def complete(vm: dict) -> dict:
     vm["engines"] = engines(vm)
     vm["onboarding"] = onboarding(vm)
     vm["notes"] = notes(vm)
-    for key in ("state_reason", "encrypted", "refused", "memory_defined", "memory_elsewhere", "memory_hotplugged", "free_page_hint"):
+    for key in ("state_reason", "encrypted", "refused", "memory_defined", "memory_elsewhere", "memory_hotplugged", "pages_lost", "free_page_hint"):
         vm.pop(key)
     return vm
 
@@ -190,6 +195,7 @@ def _empty(name: str, driver: str) -> dict:
         "memory_defined": False,
         "memory_elsewhere": [],
         "memory_hotplugged": [],
+        "pages_lost": 0,
         "free_page_hint": False,
     }
 
@@ -872,6 +878,7 @@ def facts_from_qmp(name: str, conf: dict, queries: dict | None, storage: Storage
     vm["memory_defined"] = arguments.define_memory() or len(asked.get("memory") or []) > 1
     vm["memory_elsewhere"] = _memory_elsewhere(asked.get("memory") or [], storage)
     vm["memory_hotplugged"] = _memory_hotplugged(asked.get("memory") or [], _Arguments(split_arguments(conf.get("QEMU_ARGS", ""))))
+    vm["pages_lost"] = asked.get("pages_lost", 0)
     vm["free_page_hint"] = any(device.get("free-page-hint") for device in asked.get("devices") or [])
     vm["encrypted"] = any(kind in _ENCRYPTED for kind in asked.get("objects") or [])
     vm["host_devices"] = _qmp_host_devices(asked, arguments)

@@ -407,8 +407,20 @@ def test_rule_4_a_page_that_the_source_can_not_read(ram, when):
     with pytest.raises(OSError) as caught:
         file.dst("session", what="export", address=file.source.address, port=7000)
     assert caught.value.errno == errno.EBUSY
+    assert file.dst("stats")["pages_lost"] == 1
     assert here.tell("remove 700 1") == {"ret": 0, "errno": 0}
     assert here.tell("peek 700") == {"value": 0} and here.tell("peek 701") == good
+    assert file.dst("stats")["pages_lost"] == 0
+    # Nothing is missing now, so it can go on to others.
+    owner.kill()
+    file.source.sh(f"rm {file.path}")
+    file.source.do("create", name=file.name, size=file.size)
+    file.turn_round()
+    file.connect().switch()
+    file.complete()
+    there = file.dest.program("hold", file.path)
+    there.hear()
+    assert there.tell("peek 700") == {"value": 0} and there.tell("peek 701") == good
 
 
 def test_rule_4_the_device_goes_while_there_is_no_connection(ram, transport):

@@ -301,7 +301,8 @@ struct rram_process_args {
  *	at the switch, how many it lacked
  * @pages_lost: pages that the destination lacks and will not get: the source
  *	can't read them, or is gone for good; @pages_missing does not count those
- *	that the source can't read
+ *	that the source can't read. Once all else is in: those that are not here
+ *	still, also when the session was released
  * @bytes_ahead: bytes read by the destination before the switch
  * @bytes_after: bytes read by the destination after the switch
  * @late_writes: writes to the source after the switch: must stay 0

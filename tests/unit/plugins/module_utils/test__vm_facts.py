@@ -351,6 +351,12 @@ def test_a_vm_whose_memory_the_kernel_module_still_fetches_can_not_leave():
     assert (vm["state"], vm["job"], codes(vm["blockers"])) == ("running", "migration_in", ["already_migrating"])
 
 
+def test_a_vm_of_whose_memory_pages_are_lost_stays_with_every_engine():
+    vm = qmp(pages_lost=3, memory=[{"id": "pc.ram", **THERE}])
+    assert codes(vm["blockers"]) == ["memory_lost"] and vm["blockers"][0]["message"].startswith("3 pages")
+    assert not any(engine["usable"] for engine in vm["engines"].values()) and "pages_lost" not in vm
+
+
 def test_what_qemu_itself_objects_to_is_passed_on():
     vm = qmp(**{"query-migrate": {"blocked-reasons": ["Migration is disabled when VirtFS export path is mounted"]}})
     assert codes(vm["blockers"]) == ["qemu_refuses"]
