@@ -3,7 +3,7 @@
  * The source: offers pages ahead, says at the switch what the destination
  * does not have, and hands out keys by which it READs the rest.
  *
- * A chunk of 256 pages is registered under a key of its own, for REMOTE_READ
+ * A chunk of 128 pages is registered under a key of its own, for REMOTE_READ
  * only, when it is first needed. Its pages are held from then on, so what the
  * key leads to stays what the page cache has - unless a hole was filled or a
  * page was punched out. Both set dirty bits, so each time a page is taken for
@@ -103,6 +103,7 @@ enum rram_switch_step {
  * @seq: of the last offer
  * @offered: offers under way
  * @outstanding: bytes in them
+ * @empty: the last offer had nothing to READ
  * @rate: bytes a second that the destination takes, of late
  * @rate_at: when that was last reckoned
  * @rate_bytes: bytes taken since then
@@ -143,6 +144,7 @@ struct rram_source {
 	u32 seq;
 	struct rram_offered offered[RRAM_WINDOW];
 	u64 outstanding;
+	bool empty;
 	u64 rate;
 	ktime_t rate_at;
 	u64 rate_bytes;
@@ -550,7 +552,12 @@ static bool rram_precopy_step(struct rram_session *s)
 		u64 bytes;
 		int n;
 
-		max = clamp_t(u64, rram_window(src) >> (PAGE_SHIFT + 2), 16,
+		/*
+		 * What is zero takes no bandwidth, and where some is there is
+		 * more: then the next offer is of a whole chunk.
+		 */
+		max = src->empty ? RRAM_CHUNK_PAGES :
+		      clamp_t(u64, rram_window(src) >> (PAGE_SHIFT + 2), 16,
 			      RRAM_CHUNK_PAGES);
 		run = rram_order_offer(f->dirty, f->heat, src->round,
 				       src->pass_hot, src->pos, f->npages,
@@ -608,6 +615,7 @@ static bool rram_precopy_step(struct rram_session *s)
 			src->pos = first;
 			return false;
 		}
+		src->empty = !n;
 	}
 	return false;
 }

@@ -35,7 +35,7 @@ struct rram_run {
 	unsigned int nr;	/* 0: there is none */
 };
 
-#define RRAM_CHUNK_PAGES 256U
+#define RRAM_CHUNK_PAGES 128U
 #define RRAM_PIVOTS 16
 
 /**

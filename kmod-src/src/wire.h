@@ -15,7 +15,8 @@
 #include <uapi/linux/remote_ram.h>
 
 #define RRAM_MAGIC		0x4d415252	/* "RRAM" */
-#define RRAM_CHUNK_SHIFT	8		/* pages behind one memory key */
+/* Pages behind one memory key: as many as cxgb4 takes, which takes the least. */
+#define RRAM_CHUNK_SHIFT	7
 #define RRAM_MSG_SIZE		4096
 #define RRAM_MSG_DEPTH		64		/* messages that a peer may have under way */
 #define RRAM_MSG_SPARE		8		/* receives kept for messages of type CREDIT */

@@ -159,10 +159,12 @@ static void test_offer(void)
 		dirtied[from] = rram_round_mark(4);
 	dirtied[300] = rram_round_mark(2);
 
-	run = rram_order_offer(map, dirtied, 5, false, 0, npages, 64);
-	CHECK(run.first == 100 && run.nr == 64, "%lu+%u", run.first, run.nr);
-	run = rram_order_offer(map, dirtied, 5, false, 164, npages, 64);
-	CHECK(run.first == 164 && run.nr == 36, "%lu+%u", run.first, run.nr);
+	run = rram_order_offer(map, dirtied, 5, false, 0, npages, 16);
+	CHECK(run.first == 100 && run.nr == 16, "%lu+%u", run.first, run.nr);
+	run = rram_order_offer(map, dirtied, 5, false, 116, npages, 16);
+	CHECK(run.first == 116 && run.nr == 12, "%lu+%u", run.first, run.nr);
+	run = rram_order_offer(map, dirtied, 5, false, 128, npages, 256);
+	CHECK(run.first == 128 && run.nr == 72, "%lu+%u", run.first, run.nr);
 	run = rram_order_offer(map, dirtied, 5, false, 200, npages, 256);
 	CHECK(run.first == 210 && run.nr == 46, "%lu+%u", run.first, run.nr);
 	run = rram_order_offer(map, dirtied, 5, true, 0, npages, 256);
@@ -232,7 +234,8 @@ static void test_bubble_at_the_ends_of_the_file(void)
 	fault(&p, 299);
 	expect(&p, 16, 283, 16, true);
 	expect(&p, 16, 267, 16, true);
-	expect(&p, 256, 33, 223, false);
+	expect(&p, 256, 33, 95, false);
+	expect(&p, 256, 128, 128, false);
 	end(&p);
 }
 

@@ -32,7 +32,7 @@ BATCH = 32  # pages of one background READ, see RRAM_TUNE_BATCH_PAGES
 BOUNDS = (1, 5, 20)  # seconds of pre-copy
 SIZES = (1, 4, 16)  # GiB of files that are switched
 DIRTY = (256, 4096)  # pages that are dirty then
-CHUNK = 1 << 20
+CHUNK = 128 * 4096  # behind one key
 
 GOALS = {
     "bulk_ratio": "background pull / ib_read_bw with the same message size: at least 0.8",

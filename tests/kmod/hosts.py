@@ -88,14 +88,14 @@ class Refused(OSError):
 class Future:
     """A call under way."""
 
-    def __init__(self, host, order):
-        self.host, self.order, self.answers = host, order, queue.Queue()
+    def __init__(self, host, order, patience):
+        self.host, self.order, self.patience, self.answers = host, order, patience, queue.Queue()
 
     def __call__(self):
         try:
-            answer = self.answers.get(timeout=slow(PATIENCE))
+            answer = self.answers.get(timeout=self.patience)
         except queue.Empty:
-            raise HostGone(f"{self.host.name} did not answer {self.order} in {slow(PATIENCE)} s\n{self.host.stacks()}") from None
+            raise HostGone(f"{self.host.name} did not answer {self.order} in {self.patience} s\n{self.host.stacks()}") from None
         if "is" in answer:
             return answer["is"]
         if answer["errno"] == -1:
@@ -139,11 +139,13 @@ class Host:
 
     def start(self, do, **order):
         """Begins a call; what it returns is called for the result."""
-        future = Future(self, do)
+        order = in_time(do, order)
+        told = order["ms"] / 1000 + slow(30) if do == "wait" else 0
+        future = Future(self, do, max(slow(PATIENCE), told))
         number = next(self.count)
         self.waiting[number] = future
         try:
-            self.agent.stdin.write(json.dumps({"id": number, "do": do, **in_time(do, order)}) + "\n")
+            self.agent.stdin.write(json.dumps({"id": number, "do": do, **order}) + "\n")
         except OSError as err:
             raise HostGone(f"{self.name}: {err}") from err
         return future

@@ -20,7 +20,8 @@ CREDIT, PING, ABORT, OFFER, PULLED, DIRTY, SWITCH, SWITCHED, WANT, KEY, COMPLETE
 URGENT, BULK = 0, 1
 
 
-VERSION = 3
+VERSION = 4
+CHUNK = 128  # pages behind one key
 SOURCE, DESTINATION = 1, 2
 TOKEN = b"t" * 16
 
@@ -263,15 +264,15 @@ def lost_before_key(hostile, chunk):
 
 def test_rule_4_what_a_key_hides_is_told_on_each_connection(ram, peer):
     """There are zeroes behind it in place of a page that can't be read; what was said before a cut may never have been heard."""
-    file = ram(2)
+    file, chunk = ram(2), 300 // CHUNK
     owner = file.source.program("hold", file.path)
     owner.hear()
     owner.tell("poison 300")
     hostile = peer(file.dest)
     postcopy(file, hostile)
     for _connection in range(3):
-        hostile.tell("send", BULK, message(WANT, struct.pack("<II", 1, 1)))
-        assert lost_before_key(hostile, 1) == [300]
+        hostile.tell("send", BULK, message(WANT, struct.pack("<II", 1, chunk)))
+        assert lost_before_key(hostile, chunk) == [300]
         hostile.tell("close", BULK)
         hostile.tell("close", URGENT)
         hostile.answer()
@@ -324,16 +325,18 @@ HEADERS = [
     message(PING, magic=0), message(0), message(14), message(255), message(PING, length=9), message(PING, length=0), message(PING, b"x", length=8),
     message(PING, credit=255), message(PING)[:7], b"\0", b"", message(PING, bytes(4088)), message(CREDIT, b"1"),
 ]  # fmt: skip
-#: A file of 2 MiB has 512 pages in 2 chunks.
+#: A file of 2 MiB has 512 pages, in so many chunks.
+CHUNKS = 512 // CHUNK
 TO_DESTINATION = [
     *HEADERS,
     *[message(kind, bytes(size)) for kind in (ABORT, OFFER, DIRTY, SWITCH, KEY) for size in (0, 3)],
     *[message(kind, b"\xff" * size) for kind in (PULLED, SWITCHED, WANT, COMPLETE, PROGRESS) for size in (0, 4, 600)],
-    offer(2, [run_of(0, 1)]), offer(0xFFFFFFFF, [run_of(0, 1)]), offer(0, [run_of(255, 2)]), offer(0, [run_of(256, 1)]), offer(0, [run_of(0, 257)]),
+    offer(CHUNKS, [run_of(0, 1)]), offer(0xFFFFFFFF, [run_of(0, 1)]), offer(0, [run_of(CHUNK - 1, 2)]), offer(0, [run_of(CHUNK, 1)]),
+    offer(0, [run_of(0, CHUNK + 1)]), message(KEY, struct.pack("<IIIQ", 1, CHUNKS, 7, 0)),
     offer(0, [run_of(0, 0)]), offer(0, [run_of(0xFFFF, 0x7FFF)]), offer(0, [run_of(0, 1)], nr=2), offer(0, [run_of(0, 1)], nr=0xFFFFFFFF),
-    offer(0, [run_of(0, 1)], nr=0x40000001), offer(1, [run_of(200, 0x8000 | 100)]), offer(0, [run_of(0, 0x8000)]), offer(0, []),
-    offer(0, [run_of(i, 1) for i in range(256)] * 3),
-    message(KEY, struct.pack("<IIIQ", 1, 2, 7, 0)), message(KEY, struct.pack("<I", 300)), message(KEY, struct.pack("<IIIQ", 2, 0, 7, 0)),
+    offer(0, [run_of(0, 1)], nr=0x40000001), offer(1, [run_of(100, 0x8000 | 50)]), offer(0, [run_of(0, 0x8000)]), offer(0, []),
+    offer(0, [run_of(i, 1) for i in range(CHUNK)] * 3),
+    message(KEY, struct.pack("<I", 300)), message(KEY, struct.pack("<IIIQ", 2, 0, 7, 0)),
     dirty(512, 1), dirty(0xFFFFFFFF, 1), dirty(511, 2), dirty(0, 513), dirty(0, 0), dirty(0, 1, heat=4), dirty(0, 1, heat=255), dirty(0, 1, flags=0x80),
     dirty(0, 1, flags=16), dirty(0, 1, flags=8), dirty(0, 64, flags=9, bits=b"\xff" * 8),
     dirty(0, 64, flags=1), dirty(0, 63, flags=1, bits=bytes(8)), dirty(480, 64, flags=1, bits=b"\xff" * 8), dirty(0, 0xFFC0, flags=1, bits=b"\xff" * 64),
@@ -349,7 +352,7 @@ TO_SOURCE = [
     *[message(kind, bytes(size)) for kind in (ABORT, PULLED, SWITCHED, WANT, PROGRESS) for size in (0, 3)],
     *[message(kind, b"\xff" * size) for kind in (OFFER, DIRTY, SWITCH, KEY, BYE) for size in (0, 4, 600)],
     message(PULLED, struct.pack("<I", 4711)), message(SWITCHED, struct.pack("<Q", 0)), message(COMPLETE), message(PROGRESS, b"\xff" * 616),
-    message(WANT, struct.pack("<II", 1, 2)), message(WANT, struct.pack("<II", 1, 0xFFFFFFFF)), message(WANT, struct.pack("<II", 2, 0)),
+    message(WANT, struct.pack("<II", 1, CHUNKS)), message(WANT, struct.pack("<II", 1, 0xFFFFFFFF)), message(WANT, struct.pack("<II", 2, 0)),
     message(WANT, struct.pack("<I", 0x40000000)), message(WANT, struct.pack("<I", 0xFFFFFFFF) + bytes(4000)),
 ]  # fmt: skip
 
@@ -455,7 +458,7 @@ def test_rule_5_random_messages(ram, peer, side, request):
                 file.src("precopy", ms=5000)
         mine = file.dst if side == "source" else file.src
         for _turn in range(40):
-            words = [dice.choice((0, 1, 2, 255, 256, 512, 0x8001, 0xFFFF, dice.getrandbits(16))) for _n in range(dice.choice((0, 2, 4, 8, 12, 14, 60, 2000)))]
+            words = [dice.choice((0, 1, 2, CHUNK - 1, CHUNK, 512, 0x8001, 0xFFFF, dice.getrandbits(16))) for _n in range(dice.choice((0, 2, 4, 8, 12, 14, 60, 2000)))]
             status = hostile.tell("send", BULK, message(dice.randrange(1, 14), struct.pack(f"<{len(words)}H", *words)))["status"]
             if status != "success":
                 break
@@ -480,7 +483,7 @@ def test_rule_5_after_the_switch_nonsense_loses_nothing(ram, peer):
     lost = file.dest.program("hold", file.path)
     lost.hear()
     assert lost.tell("peek 10") == {"sigbus": 4}
-    hostile.tell("send", BULK, message(KEY, struct.pack("<IIIQ", 1, 9, 7, 0)))
+    hostile.tell("send", BULK, message(KEY, struct.pack("<IIIQ", 1, CHUNKS, 7, 0)))
     assert file.dst("wait", states=[RECONNECTING], ms=30000)[0] == RECONNECTING
     # Back again, with a key that is made up: the READ fails, the page stays missing.
     for link in (URGENT, BULK):
@@ -539,7 +542,7 @@ def offered(file, hostile):
 def test_rule_5_keys_and_addresses_that_were_not_given(ram, peer):
     file, other = ram(2), ram(2)
     hostile = peer(file.dest)
-    end = 256 * 4096
+    end = CHUNK * 4096
     attempts = [
         ("read", lambda key, at: (key + 1, at, 4096)), ("read", lambda key, at: (key ^ 0x100, at, 4096)), ("read", lambda key, at: (key + 0x100, at, 4096)),
         ("read", lambda key, at: (0, at, 4096)), ("read", lambda key, at: (1, at, 4096)), ("read", lambda key, at: (0xFFFFFFFF, at, 4096)),

@@ -36,7 +36,7 @@
 
 #define RRAM_FS_MAGIC		0x52524d46	/* f_type of statfs(2): "RRMF" */
 #define RRAM_ABI_VERSION	1	/* of this file */
-#define RRAM_WIRE_VERSION	3	/* of what two hosts say to each other */
+#define RRAM_WIRE_VERSION	4	/* of what two hosts say to each other */
 #define RRAM_UUID_LEN		16
 #define RRAM_TOKEN_LEN		16
 #define RRAM_ADDR_LEN		128	/* a struct sockaddr_storage */
@@ -233,7 +233,7 @@ struct rram_wait_args {
  * enum rram_tunable - what RRAM_IOC_TUNE sets
  * @RRAM_TUNE_BANDWIDTH: bytes a second of what nobody waits for (0: no limit)
  * @RRAM_TUNE_BUSY_POLL_US: how long a faulting thread spins before it sleeps
- * @RRAM_TUNE_BATCH_PAGES: pages of one background READ, 1 to 256
+ * @RRAM_TUNE_BATCH_PAGES: pages of one background READ, 1 to 128
  * @RRAM_TUNE_BACKGROUND: 0 stops the background pull, 1 lets it go on
  */
 enum rram_tunable {
