@@ -134,18 +134,19 @@ def cpu_seconds(host) -> float:
 def perftest(tool: str, server, client, *arguments) -> list:
     """The row of figures that a perftest program prints, RDMA READ from the server to the client."""
     words = " ".join(("-R", "-F", *map(str, arguments)))
-    # It ends with its client; should there be none, it ends too.
-    waiting = server.start("sh", script=f"timeout 120 {tool} {words} >/dev/null 2>&1", check=False)
-    try:
-        for _attempt in range(20):
-            time.sleep(0.5)
-            said = client.sh(f"timeout 120 {tool} {words} {server.address} 2>/dev/null", check=False)
-            rows = [line.split() for line in said.splitlines() if line.split()[:1] == [str(arguments[arguments.index("-s") + 1])]]
-            if rows:
-                return [float(value) for value in rows[0]]
-        raise LabError(f"{tool} gave no figures: {said[-400:]}")
-    finally:
-        waiting()
+    for _attempt in range(5):
+        # It ends with its client, also with one that fails; should there be none, it ends too.
+        waiting = server.start("sh", script=f"timeout 60 {tool} {words} 2>&1", check=False)
+        try:
+            for _call in range(6):
+                time.sleep(0.5)
+                said = client.sh(f"timeout 60 {tool} {words} {server.address} 2>&1", check=False)
+                rows = [line.split() for line in said.splitlines() if line.split()[:1] == [str(arguments[arguments.index("-s") + 1])]]
+                if rows:
+                    return [float(value) for value in rows[0]]
+        finally:
+            heard = waiting()
+    raise LabError(f"{tool} gave no figures; its client: {said[-400:]}\nits server: {heard[-400:]}")
 
 
 def bulk(bench, rounds):

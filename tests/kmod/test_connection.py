@@ -413,8 +413,9 @@ def test_rule_4_a_page_that_the_source_can_not_read(ram, when):
     assert file.dst("stats")["pages_lost"] == 0
     # Nothing is missing now, so it can go on to others.
     owner.kill()
-    file.source.sh(f"rm {file.path}")
-    file.source.do("create", name=file.name, size=file.size)
+    file.src("close")
+    file.src("unlink")
+    file.create(file.source)
     file.turn_round()
     file.connect().switch()
     file.complete()
