@@ -458,7 +458,8 @@ def test_rule_5_random_messages(ram, peer, side, request):
                 file.src("precopy", ms=5000)
         mine = file.dst if side == "source" else file.src
         for _turn in range(40):
-            words = [dice.choice((0, 1, 2, CHUNK - 1, CHUNK, 512, 0x8001, 0xFFFF, dice.getrandbits(16))) for _n in range(dice.choice((0, 2, 4, 8, 12, 14, 60, 2000)))]
+            number = dice.choice((0, 2, 4, 8, 12, 14, 60, 2000))
+            words = [dice.choice((0, 1, 2, CHUNK - 1, CHUNK, 512, 0x8001, 0xFFFF, dice.getrandbits(16))) for _n in range(number)]
             status = hostile.tell("send", BULK, message(dice.randrange(1, 14), struct.pack(f"<{len(words)}H", *words)))["status"]
             if status != "success":
                 break

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import pytest
-
 from ansible_collections.hecaton.fleet.plugins.module_utils import _qmp_vms
 from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import RemoteRamError
 
