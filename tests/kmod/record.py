@@ -16,10 +16,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import test_guest
-
 import build
 import hosts as tools
+import kvm_guest
 from hosts import BACKGROUND, TRACING, wait_for
 
 EVENT = re.compile(r" (\d+\.\d+): (rram_fault|rram_fault_done): ino=\d+ page=(\d+)")
@@ -52,22 +51,21 @@ def main(pattern: str, seconds: str, target: str) -> int:
     lab = tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab")
     folder, pair = build.built(), [tools.Host(lab, name) for name in tools.NAMES]
     tools.lab_module.each(lambda host: host.install(folder, "siw"), pair)
-    initramfs = test_guest.tiny()
     for host in pair:
-        lab.put(host.name, initramfs, "/root/kmod/tiny.cpio")
-    file = tools.File(pair, "record.ram", test_guest.MIB).create()
+        kvm_guest.put_initramfs(host)
+    file = tools.File(pair, "record.ram", kvm_guest.MIB).create()
     guests = []
     try:
         words = f"dirty.mib=64 dirty.rate=64 dirty.pattern={pattern} dirty.hot_mib=8 dirty.report=1"
-        guests.append(test_guest.Guest(file.source, file, words=words))
+        guests.append(kvm_guest.Guest(file.source, file, words=words))
         wait_for(lambda: '"started"' in file.source.sh(f"cat {guests[0].log}"), 240)
         time.sleep(5)
         file.attach()
         file.dst("tune", what=BACKGROUND, value=0)
-        guests.append(test_guest.Guest(file.dest, file, incoming=test_guest.ARRIVES, words=words))
+        guests.append(kvm_guest.Guest(file.dest, file, incoming=kvm_guest.ARRIVES, words=words))
         file.dest.sh(f"cd {TRACING} && echo 16384 > buffer_size_kb && echo > trace && for e in fault fault_done; do "
                      "echo 1 > events/remote_ram/rram_$e/enable; done; echo 1 > tracing_on")  # fmt: skip
-        test_guest.move(file, guests[0], guests[1], 0)
+        kvm_guest.move(file, guests[0], guests[1], 0)
         time.sleep(float(seconds))
         found = touches(file.dest.sh(f"echo 0 > {TRACING}/tracing_on; cat {TRACING}/trace"))
         with gzip.GzipFile(target, "wb", mtime=0) as stream:
