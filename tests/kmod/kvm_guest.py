@@ -8,8 +8,8 @@ import pathlib
 import types
 
 import guest_image
-import image
 
+import image
 from hosts import slow, wait_for
 
 MIB = 96

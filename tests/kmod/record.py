@@ -16,9 +16,10 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
+import kvm_guest
+
 import build
 import hosts as tools
-import kvm_guest
 from hosts import BACKGROUND, TRACING, wait_for
 
 EVENT = re.compile(r" (\d+\.\d+): (rram_fault|rram_fault_done): ino=\d+ page=(\d+)")
