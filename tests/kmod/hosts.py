@@ -363,10 +363,12 @@ class File:
 
 def wait_for(what, seconds=60):
     """Until something is so: a generous limit, that judges nothing but that it ever comes."""
-    deadline = time.monotonic() + slow(seconds)
+    deadline, pause = time.monotonic() + slow(seconds), 0.05
     while not what():
         assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)
+        # To look is work as well, for the host that is waited for.
+        time.sleep(pause)
+        pause = min(2 * pause, slow(0.2))
 
 
 def two_hosts(lab):
