@@ -93,7 +93,7 @@ def keep(host):
 
     def make(folder):
         boot(host)
-        packed = host.lab.ssh_bytes(host.name, f"cd /dev/shm && tar -cS booted.memory booted.state | gzip -1 && printf %s {key} > {WHICH}", slow(120))
+        packed = host.lab.ssh_bytes(host.name, f"cd /dev/shm && tar -cSI 'gzip -1' -f - booted.memory booted.state && printf %s {key} > {WHICH}", slow(120))
         (folder / "booted.tgz").write_bytes(packed)
 
     if there():
