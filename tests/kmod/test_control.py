@@ -14,7 +14,7 @@ from hosts import BACKGROUND, BANDWIDTH, PRECOPY, TRACING, slow, slow_down, trac
 
 
 def moves(ram, count, seed):
-    """One file back and forth, each time another way."""
+    """One file back and forth, each time another way. Returns it, where it came to rest as a source."""
     dice = random.Random(seed)
     file = ram(2)
     for number in range(count):
@@ -40,15 +40,18 @@ def moves(ram, count, seed):
         file.complete()
         file.release()
         file.turn_round()
+    return file
 
 
 def test_moves_back_and_forth(ram):
-    moves(ram, 6, 1)
+    file = moves(ram, 6, 1)
+    assert file.check("read", threads=1, host=file.source)["bad"] == 0
 
 
 @pytest.mark.long
 def test_two_hundred_moves_back_and_forth(ram):
-    moves(ram, 200, int.from_bytes(os.urandom(4), "big"))
+    file = moves(ram, 200, int.from_bytes(os.urandom(4), "big"))
+    assert file.check("read", threads=1, host=file.source)["bad"] == 0
 
 
 def test_the_memory_cgroup_pays_for_what_arrives(ram):
