@@ -86,7 +86,9 @@ def put_initramfs(host):
 
 def keep(host):
     """Has a guest that has just booted on a host. It boots once for all hosts, also those of other kernels: on a slow one that takes minutes."""
-    key = image.digest(pathlib.Path(__file__), guest_image.tiny_initramfs(), image.host_image().name)
+    # It has its host's CPU.
+    processors = host.lab.processors(host.lab.state["accelerator"])
+    key = image.digest(pathlib.Path(__file__), guest_image.tiny_initramfs(), image.host_image().name, *processors)
 
     def there():
         return host.sh(f"cat {WHICH} 2>/dev/null", check=False) == key
