@@ -42,6 +42,8 @@ EMULATED_CPU = "max,-la57,-erms,-smap,-pclmulqdq"
 BOOT_SECONDS = 900
 SLOW_BOOT_SECONDS = 3600  # of a kernel that is not the image's, which may be one that checks all it does
 RESTORE_SECONDS = 120
+# libvirtd itself ends when nobody has asked it anything for two minutes; whoever does starts it again.
+READY = "test -c /dev/kvm && systemctl is-active -q libvirtd.socket"
 STORAGE = "10.0.2.100"
 STORAGE_PORT = 10809
 GUEST_NETWORK = "10.77.2.0/24"
@@ -463,8 +465,7 @@ class Lab:
             while True:
                 # A restored host lives at the time it was saved: tell it what time it is.
                 try:
-                    ready = "true" if self.kernel else "test -c /dev/kvm && systemctl is-active -q libvirtd"
-                    self.ssh(name, f"date -s @{time.time():.0f} >/dev/null && {ready}", timeout=60)
+                    self.ssh(name, f"date -s @{time.time():.0f} >/dev/null && {'true' if self.kernel else READY}", timeout=60)
                     return
                 except LabError as err:
                     if not self.running(name) or time.monotonic() > deadline:

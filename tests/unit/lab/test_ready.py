@@ -1,0 +1,41 @@
+# SPDX-FileCopyrightText: The hecaton.fleet authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""When a host of the lab counts as ready."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if folder.name == "tests")
+
+
+@pytest.fixture
+def ready(monkeypatch, tmp_path):
+    """Whether it is, with those of its units active that are named."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(str(TESTS / "lab"))
+    import lab
+
+    def ask(*active):
+        systemctl = tmp_path / "systemctl"
+        systemctl.write_text(f'#!/bin/sh\nfor unit; do :; done\ncase "$unit" in {"|".join(active)}) exit 0;; *) exit 3;; esac\n')
+        systemctl.chmod(0o755)
+        # Here need not be a /dev/kvm.
+        command = lab.READY.replace("/dev/kvm", "/dev/null")
+        return subprocess.run(["/bin/sh", "-c", command], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False).returncode == 0
+
+    yield ask
+    for name in ("lab", "image", "interrupts", "devenv", "needs"):
+        sys.modules.pop(name, None)
+
+
+def test_libvirtd_that_nobody_asked_for_two_minutes_has_ended_and_is_there(ready):
+    assert ready("libvirtd.socket")
+
+
+def test_a_host_without_libvirtd_is_not_ready(ready):
+    assert not ready("ssh.service")
