@@ -31,10 +31,9 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 FAILURE = re.compile(r"fatal: \[|\[ERROR\]|failed: \[|^E   |^=+ FAILURES =+$|^make.*: \*\*\* ")
 
 
-# How stages give way to those that use the lab. Beside emulated CPUs, nice still takes a fifth of the machine; who is idle takes what
-# is left, which may be nothing for a while: not for tests that look at a clock.
-NICE = ("nice", "-n", "10")
-IDLE = ("chrt", "--idle", "0")
+# How far stages give way to those that use the lab, as a nice value: linters take what is left, tests that look at a clock need some.
+SOME = 3
+LEFT = 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +41,19 @@ class Stage:
     name: str
     targets: tuple[str, ...]  # what make is told
     timeout: int  # seconds
-    gives_way: tuple[str, ...] = ()  # the command that lets it, if it needs no lab
+    nice: int = 0  # other than 0 if it needs no lab
 
     @property
     def lab(self) -> bool:
-        return not self.gives_way
+        return self.nice == 0
 
 
 # Suites of their own, beside these: the scenarios faults, remote_ram_faults and kmod, test-kmod-debug, test-kmod-kernels, soak, test-pyverbs, bench.
 STAGES = (
-    Stage("units", ("units",), 1800, NICE),
-    Stage("report", ("report",), 1800, NICE),
-    Stage("lint", ("lint",), 5400, IDLE),
-    Stage("sanity", ("sanity",), 5400, IDLE),
+    Stage("units", ("units",), 1800, SOME),
+    Stage("report", ("report",), 1800, SOME),
+    Stage("lint", ("lint",), 5400, LEFT),
+    Stage("sanity", ("sanity",), 5400, LEFT),
     Stage("lab", ("lab",), 2400),
     # First of those that use it: it wants hosts that have nothing of ours, and leaves them so.
     Stage("rdma", ("molecule", "SCENARIO=rdma"), 5400),
@@ -109,15 +108,26 @@ class Runs:
             end(process)
 
 
+def give_way(process: subprocess.Popen, nice: int) -> None:
+    """Has the whole session of a stage give way. Linux shares the CPUs among sessions first (autogroups): a process is only nice within its own."""
+    try:
+        pathlib.Path(f"/proc/{process.pid}/autogroup").write_text(str(nice))
+    except OSError:
+        # A kernel without them, or one that is not ours to tell: nice alone does what it can. Or the stage is over already.
+        return
+
+
 def run(stage: Stage, runs: Runs) -> tuple[bool, str]:
     """Whether the stage passed, and why not."""
     with open(LOGS / f"{stage.name}.log", "w") as log:
-        command = [*stage.gives_way, os.environ.get("MAKE", "make"), "--no-print-directory", *stage.targets]
+        command = ["nice", "-n", str(stage.nice), os.environ.get("MAKE", "make"), "--no-print-directory", *stage.targets]
         # What this run of make was given, like ARGS, is for this script and not for the stages.
         given = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")}
         process = runs.start(command, cwd=ROOT, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         if process is None:
             return False, "not begun"
+        if stage.nice:
+            give_way(process, stage.nice)
         try:
             code = process.wait(stage.timeout)
             return code == 0, f"exit status {code}"

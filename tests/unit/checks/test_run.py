@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -55,3 +56,14 @@ def test_a_failure_at_the_end_is_shown_once(run):
 
 def test_a_short_log_is_shown_whole(run):
     assert run.telling(["fatal: [hv1]: FAILED!", "end"]) == ["fatal: [hv1]: FAILED!", "end"]
+
+
+def test_a_session_gives_way_as_a_whole(run):
+    if not pathlib.Path("/proc/self/autogroup").exists():
+        pytest.skip("this kernel has no autogroups")
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        try:
+            run.give_way(process, 19)
+            assert pathlib.Path(f"/proc/{process.pid}/autogroup").read_text().endswith(" nice 19\n")
+        finally:
+            process.kill()
