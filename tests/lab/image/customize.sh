@@ -31,14 +31,12 @@ ln -sf "$kernel" "$root/boot/vmlinuz"
 ln -sf "initrd.img-${kernel#vmlinuz-}" "$root/boot/initrd.img"
 
 # Of the kernel's source, the drivers that the roles build from: an emulated CPU takes minutes to get at them in all of it.
-chroot "$root" sh -euc '
-	cd /usr/src
-	for archive in linux-source-*.tar.xz; do
-		tar -xJf "$archive" --wildcards "*/drivers/infiniband/sw"
-		tar -cJf "$archive" "${archive%.tar.xz}"
-		rm -r "${archive%.tar.xz}"
-	done
-'
+for archive in "$root"/usr/src/linux-source-*.tar.xz; do
+	name=$(basename "$archive" .tar.xz)
+	chroot "$root" tar -C /usr/src -xJf "/usr/src/$name.tar.xz" --wildcards '*/drivers/infiniband/sw'
+	chroot "$root" tar -C /usr/src -cJf "/usr/src/$name.tar.xz" "$name"
+	rm -r "$root/usr/src/$name"
+done
 # What looks for disks, tokens and tasks that a lab host has not: programs that each start of systemd waits for.
 mkdir -p "$root/etc/systemd/system-generators"
 for generator in gpt-auto hibernate-resume import rc-local ssh system-update tpm2; do
