@@ -459,7 +459,7 @@ class Lab:
                 said = (console / f"{name}.console").read_bytes()
                 if b"lab-ready" in said:
                     waiting.remove(name)
-                # On a machine that is slow as well, PID 1 may give up before it comes to what it was told of patience.
+                # As PID 1 does when its generators take longer than 90 s, whatever it was told of patience.
                 elif (frozen := b"systemd[1]: Freezing execution" in said) or not self.running(name):
                     raise LabError(f"{name} {'froze' if frozen else 'ended'} while it booted; the end of its console:\n{said[-800:].decode(errors='replace')}")
             if waiting and time.monotonic() > deadline:
