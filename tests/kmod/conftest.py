@@ -1,6 +1,10 @@
 # SPDX-FileCopyrightText: The hecaton.fleet authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Brings up two hosts of the lab with the module on them, once per transport, and judges both after every test."""
+"""Brings up two hosts of the lab with the module on them, once per transport, and judges both after every test.
+
+Each test waits for one host or the other most of the time, so the transports are tested side by side when there are processes
+for that (pytest-xdist): the first one in the lab, the other one in a lab of its own that ends with the tests.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,17 @@ def pytest_addoption(parser):
 NOTES = pytest.StashKey()
 
 
+def side_by_side(config) -> bool:
+    """Whether each transport has a process of its own. Known in these, and in the one that they report to."""
+    processes = config.workerinput["workercount"] if hasattr(config, "workerinput") else config.getoption("numprocesses", None) or 0
+    return processes > 1 and not config.getoption("--transport")
+
+
+def lab_beside(transport):
+    """The lab of a transport that is tested beside the first one."""
+    return tools.lab_module.Lab(tools.lab_module.REPO / "build" / f"lab-{transport}", tools.NAMES)
+
+
 def pytest_configure(config):
     config.stash[NOTES] = []
     # Also when they are ended from outside, hosts of the debug kernel are not to stay.
@@ -40,6 +55,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "expect(*texts): what the kernel may say in this test though it is an alarm")
 
 
+def pytest_unconfigure(config):
+    if side_by_side(config) and not hasattr(config, "workerinput"):
+        # A process that was ended, and not by its tests, has left its lab.
+        for transport in TRANSPORTS[1:]:
+            lab_beside(transport).down()
+
+
 def pytest_generate_tests(metafunc):
     if "transport" in metafunc.fixturenames:
         only = metafunc.config.getoption("--transport")
@@ -47,6 +69,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.callspec.params["transport"]))
     if config.getoption("--long"):
         return
     first_alone = not config.getoption("--debug-kernel") and not config.getoption("--transport")
@@ -69,20 +93,29 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(scope="session")
-def lab(request):
-    folder = tools.lab_module.REPO / "build"
+def debug_lab():
+    """A lab of its own, which ends with the tests: nothing else can use hosts with that kernel. Both transports do."""
+    lab = tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab-debug", tools.NAMES, debug_kernel.kernel() / "vmlinuz")
+    try:
+        lab.up()
+        yield lab
+    finally:
+        lab.down()
+
+
+@pytest.fixture(scope="session")
+def lab(request, transport):
     if request.config.getoption("--debug-kernel"):
-        # A lab of its own, which ends with the tests: nothing else can use hosts with that kernel.
-        lab = tools.lab_module.Lab(folder / "lab-debug", tools.NAMES, debug_kernel.kernel() / "vmlinuz")
-        try:
-            lab.up()
-            yield lab
-        finally:
-            lab.down()
+        yield request.getfixturevalue("debug_lab")
         return
-    lab = tools.lab_module.Lab(folder / "lab", tools.NAMES)
-    tools.two_hosts(lab)
-    yield lab
+    beside = side_by_side(request.config) and transport != TRANSPORTS[0]
+    lab = lab_beside(transport) if beside else tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab", tools.NAMES)
+    try:
+        tools.two_hosts(lab)
+        yield lab
+    finally:
+        if beside:
+            lab.down()
 
 
 class Pair:
