@@ -45,7 +45,7 @@ done
 
 chroot "$root" systemctl enable systemd-networkd ssh libvirtd lab-ready >/dev/null 2>&1
 for unit in apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer \
-	dpkg-db-backup.timer man-db.timer systemd-networkd-wait-online.service getty@tty1.service \
+	dpkg-db-backup.timer man-db.timer systemd-networkd-wait-online.service getty@tty1.service serial-getty@ttyS0.service \
 	libvirt-guests.service virtlockd.socket dkms.service; do
 	chroot "$root" systemctl mask "$unit" >/dev/null 2>&1
 done
