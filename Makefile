@@ -69,7 +69,7 @@ molecule: collection ## Run a scenario in the lab: make molecule SCENARIO=evacua
 
 test-kmod: ## Test the kernel module on two hosts of the lab per transport, side by side (ARGS=--long: all of it; -n0: in turn)
 	@$(PYTHON) tests/needs.py lab
-	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v --durations=20 -n2 --dist loadgroup tests/kmod $(ARGS)
+	@venv=$$($(PYTHON) tests/devenv.py) && PYTHONDONTWRITEBYTECODE=1 "$$venv/bin/python" -m pytest -p no:cacheprovider -v --durations=20 -n2 tests/kmod $(ARGS)
 
 test-kmod-debug: ## The same on a kernel with KASAN, lockdep, kmemleak and more, which is built first
 	@$(PYTHON) tests/needs.py lab

@@ -68,9 +68,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("transport", [only] if only else TRANSPORTS, scope="session")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All tests of a transport are of one process: the others must not touch its hosts."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTransport(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            given = nodeid.rpartition("[")[2].rstrip("]").split("-")
+            return next(transport for transport in TRANSPORTS if transport in given)
+
+    return ByTransport(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.callspec.params["transport"]))
     if config.getoption("--long"):
         return
     first_alone = not config.getoption("--debug-kernel") and not config.getoption("--transport")
