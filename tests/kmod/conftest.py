@@ -21,6 +21,7 @@ import hosts as tools
 import interrupts
 
 TRANSPORTS = ("siw", "rxe")
+BUILD = tools.lab_module.REPO / "build"
 
 
 def pytest_addoption(parser):
@@ -41,7 +42,7 @@ def side_by_side(config) -> bool:
 
 def lab_beside(transport):
     """The lab of a transport that is tested beside the first one."""
-    return tools.lab_module.Lab(tools.lab_module.REPO / "build" / f"lab-{transport}", tools.NAMES)
+    return tools.lab_module.Lab(BUILD / f"lab-{transport}", tools.NAMES)
 
 
 def pytest_configure(config):
@@ -70,7 +71,10 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """All tests of a transport are of one process: the others must not touch its hosts."""
+    """All tests of a transport are of one process: the others must not touch its hosts.
+
+    The way of pytest-xdist itself, groups (loadgroup), does nothing with pytest 9.2, which doesn't take the node ids that it writes.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByTransport(LoadScopeScheduling):
@@ -104,29 +108,25 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(scope="session")
-def debug_lab():
+def debug_lab(request):
     """A lab of its own, which ends with the tests: nothing else can use hosts with that kernel. Both transports do."""
-    lab = tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab-debug", tools.NAMES, debug_kernel.kernel() / "vmlinuz")
-    try:
-        lab.up()
-        yield lab
-    finally:
-        lab.down()
+    lab = tools.lab_module.Lab(BUILD / "lab-debug", tools.NAMES, debug_kernel.kernel() / "vmlinuz")
+    request.addfinalizer(lab.down)
+    lab.up()
+    return lab
 
 
 @pytest.fixture(scope="session")
 def lab(request, transport):
     if request.config.getoption("--debug-kernel"):
-        yield request.getfixturevalue("debug_lab")
-        return
-    beside = side_by_side(request.config) and transport != TRANSPORTS[0]
-    lab = lab_beside(transport) if beside else tools.lab_module.Lab(tools.lab_module.REPO / "build" / "lab", tools.NAMES)
-    try:
-        tools.two_hosts(lab)
-        yield lab
-    finally:
-        if beside:
-            lab.down()
+        return request.getfixturevalue("debug_lab")
+    if side_by_side(request.config) and transport != TRANSPORTS[0]:
+        lab = lab_beside(transport)
+        request.addfinalizer(lab.down)
+    else:
+        lab = tools.lab_module.Lab(BUILD / "lab", tools.NAMES)
+    tools.two_hosts(lab)
+    return lab
 
 
 class Pair:
