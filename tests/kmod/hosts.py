@@ -391,23 +391,29 @@ def dropping(*ways):
     for way in ways:
         device = {"input": "iifname", "output": "oifname"}[way]
         rules += [f"add chain inet cut {way} {{ type filter hook {way} priority 0; }}", f"add rule inet cut {way} {device} mig0 drop"]
-    return "; ".join(f"nft '{rule}'" for rule in rules)
+    return f"nft '{'; '.join(rules)}'"
 
 
-@contextlib.contextmanager
-def cut(host, how):
-    """The migration network is cut on a host while this lasts.
+def ways_to_cut(host, how):
+    """What cuts the migration network of a host: on which hosts, how it begins and how it ends.
 
     With rxe it is always cut where packets come in, on both hosts: when the sending host itself drops a packet of a queue pair that
     has none on its way, rxe waits for ever for that packet to be freed, and the queue pair of the connection manager is one.
     """
-    hosts, begin, end = {
-        "drop": ([host], dropping("input", "output"), "nft delete table inet cut"),
-        "loss": ([host], "tc qdisc replace dev mig0 root netem loss 100%", "tc qdisc del dev mig0 root"),
-        "down": ([host], "ip link set mig0 down", "ip link set mig0 up"),
-    }[how]
     if host.transport == "rxe":
-        hosts, begin, end = [host, host.peer], dropping("input"), "nft delete table inet cut"
+        return [host, host.peer], dropping("input"), "nft delete table inet cut"
+    begin, end = {
+        "drop": (dropping("input", "output"), "nft delete table inet cut"),
+        "loss": ("tc qdisc replace dev mig0 root netem loss 100%", "tc qdisc del dev mig0 root"),
+        "down": ("ip link set mig0 down", "ip link set mig0 up"),
+    }[how]
+    return [host], begin, end
+
+
+@contextlib.contextmanager
+def cut(host, how):
+    """The migration network is cut on a host while this lasts, and for as long as the commands take: seconds, on slow hosts."""
+    hosts, begin, end = ways_to_cut(host, how)
     for each in hosts:
         each.cut = True
         each.sh(begin)
@@ -417,6 +423,17 @@ def cut(host, how):
         for each in hosts:
             each.sh(end)
             each.cut = False
+
+
+def cut_for(host, how, seconds):
+    """Cuts the migration network for that time and hardly longer: each host is told once, both at the same time."""
+    hosts, begin, end = ways_to_cut(host, how)
+    for each in hosts:
+        each.cut = True
+    for done in [each.start("sh", script=f"{begin} && sleep {seconds} && {end}", check=True) for each in hosts]:
+        done()
+    for each in hosts:
+        each.cut = False
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from hosts import (
     UNLOAD,
     Program,
     cut,
+    cut_for,
     slow,
     slow_down,
     wait_for,
@@ -161,8 +162,8 @@ def test_a_cut_of_pre_copy_is_survived_if_it_is_short(ram, seconds):
     writer = file.run("wzhp")
     file.src("precopy", ms=60000)
     wait_for(lambda: file.src("stats")["pages_ahead"] > 50)
-    with cut(file.dest, "drop"):
-        time.sleep(slow(seconds))
+    # Not a moment longer, or a short one would be long: a peer may be silent for 5 s, and a command takes a second or two here.
+    cut_for(file.dest, "drop", slow(seconds))
     if seconds > 5:
         for side in (file.src, file.dst):
             assert side("wait", states=[], ms=60000)[0] == FAILED
