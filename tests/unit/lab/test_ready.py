@@ -4,21 +4,14 @@
 
 from __future__ import annotations
 
-import pathlib
 import subprocess
-import sys
 
 import pytest
 
-TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if folder.name == "tests")
-
 
 @pytest.fixture
-def ready(monkeypatch, tmp_path):
+def ready(lab, tmp_path):
     """Whether it is, with those of its units active that are named."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.syspath_prepend(str(TESTS / "lab"))
-    import lab
 
     def ask(*active):
         systemctl = tmp_path / "systemctl"
@@ -28,9 +21,7 @@ def ready(monkeypatch, tmp_path):
         command = lab.READY.replace("/dev/kvm", "/dev/null")
         return subprocess.run(["/bin/sh", "-c", command], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False).returncode == 0
 
-    yield ask
-    for name in ("lab", "image", "interrupts", "devenv", "needs"):
-        sys.modules.pop(name, None)
+    return ask
 
 
 def test_libvirtd_that_nobody_asked_for_two_minutes_has_ended_and_is_there(ready):

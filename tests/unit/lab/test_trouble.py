@@ -4,23 +4,16 @@
 
 from __future__ import annotations
 
-import pathlib
 import subprocess
-import sys
 
 import pytest
 
-TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if folder.name == "tests")
-
 
 @pytest.fixture
-def check(monkeypatch, tmp_path):
+def check(lab, monkeypatch, tmp_path):
     """Looks at a host's kernel that is tainted so and has said that."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.syspath_prepend(str(TESTS / "lab"))
-    import lab
 
-    def look(tainted, log=""):
+    def look(tainted, log):
         def ssh(self, name, *command, **_kwargs):
             # The command itself is run, on a log that is a file here.
             here = command[0].replace("/proc/sys/kernel/tainted", str(tmp_path / "tainted")).replace("dmesg", f"cat {tmp_path / 'log'}")
@@ -31,9 +24,7 @@ def check(monkeypatch, tmp_path):
         monkeypatch.setattr(lab.Lab, "ssh", ssh)
         lab.Lab(tmp_path / "lab")._check_kernel("hv1")
 
-    yield look, lab.LabError
-    for name in ("lab", "image", "interrupts", "devenv", "needs"):
-        sys.modules.pop(name, None)
+    return look, lab.LabError
 
 
 @pytest.mark.parametrize("bit", (5, 7, 9))
