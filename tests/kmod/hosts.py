@@ -307,7 +307,8 @@ class File:
 
     def precopy(self, ms=400, **options):
         self.src("precopy", ms=ms, **options)
-        assert self.src("wait", states=[CONNECTED], ms=120000)[0] == CONNECTED
+        state, reason = self.src("wait", states=[CONNECTED], ms=120000)
+        assert state == CONNECTED, (state, REASONS[reason])
 
     def run(self, ops, threads=3, host=None):
         program = (host or self.source).program("run", self.path, self.shadow, threads, ops)
