@@ -12,7 +12,7 @@ import time
 import pytest
 import siphash
 
-from hosts import BACKGROUND, CONNECTED, FAILED, LISTENING, LOST, POSTCOPY, REASONS, RECONNECTING, slow, wait_for
+from hosts import BACKGROUND, CONNECTED, FAILED, LISTENING, LOST, POSTCOPY, REASONS, RECONNECTING, Program, slow, wait_for
 from hosts import COMPLETE as HAS_ALL  # a state; here COMPLETE is a message
 
 MAGIC = 0x4D415252
@@ -124,6 +124,7 @@ def test_rule_5_a_source_that_is_not_the_one(ram, peer, change, reason):
     answer = peer(file.source).tell("connect", 0, file.dest.address, file.port, hello(**{"size": file.size, "link": 0, **change}))
     assert not answer["connected"]
     told = bytes.fromhex(answer["answer"])
+    assert told, answer
     # On Ethernet the private data of a refusal are longer than what was given.
     assert struct.unpack_from("<IHH", told) == (MAGIC, VERSION, REASONS.index(reason)), answer
     # Both sides can say why.
@@ -304,6 +305,34 @@ def test_rule_5_a_scan_of_ports(ram):
     file.switch()
     file.complete()
     file.check()
+
+
+#: Refuses one connection as siw does (MPA of revision 2, whose data begin with both depths), and closes it in the same packet.
+REFUSE = '''
+import json, socket, struct, sys
+answer = bytes.fromhex(sys.argv[2])
+with socket.create_server((sys.argv[1], 0)) as server:
+    print(json.dumps({"port": server.getsockname()[1]}), flush=True)
+    peer, _ = server.accept()
+    with peer:
+        peer.recv(4096)
+        peer.send(b"MPA ID Rep Frame" + struct.pack(">HHHH", 0x3002, 4 + len(answer), 1, 1) + answer, socket.MSG_MORE)
+        peer.shutdown(socket.SHUT_WR)
+        peer.recv(4096)
+'''
+
+
+def test_a_refusal_is_heard_whose_end_comes_with_it(ram, transport):
+    """On a busy host TCP makes one packet of both. siw as the kernel has it then sees a connection that ends without an answer."""
+    if transport != "siw":
+        pytest.skip("only siw has a connection of TCP")
+    file = ram(1)
+    refuses = Program(file.dest, ["python3", "-c", REFUSE, file.dest.address, struct.pack("<IHHQ", MAGIC, VERSION, REASONS.index("size"), 0).hex()])
+    file.port = refuses.hear()["port"]
+    with pytest.raises(OSError) as caught:
+        file.export()
+    assert caught.value.reason == "size"
+    refuses.finish()
 
 
 # -- what it may say ---------------------------------------------------------------------------------------------------
