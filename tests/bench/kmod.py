@@ -28,6 +28,8 @@ OUT = ROOT / "build" / "bench" / "kmod.json"
 MIB = 64  # of the file that is pulled or faulted on
 THREADS = (1, 4, 16, 64)
 COUNT = 1024  # pages touched in one run: 16 by each of 64 threads, so that how they begin does not count
+#: How the threads that touch are scheduled: as any, and each in its turn. What differs between the two is the scheduler's part in a figure.
+POLICIES = {"other": "", "rr": "chrt --rr 1 "}
 BATCH = 32  # pages of one background READ, see RRAM_TUNE_BATCH_PAGES
 BOUNDS = (1, 5, 20)  # seconds of pre-copy
 SIZES = (1, 4, 16)  # GiB of files that are switched
@@ -167,13 +169,16 @@ def bulk(bench, rounds):
         )  # fmt: skip
 
 
-def rivals(source, dest, threads: str) -> dict:
-    """What the rival in user space prints: userfaultfd, and READs by libibverbs."""
+def rivals(source, dest, run: str) -> dict:
+    """What the rival in user space prints: userfaultfd, and READs by libibverbs.
+
+    :param run: how it is started, and with which threads.
+    """
     server = tools.Program(source, [f"{tools.PROGRAMS}/uffd_rdma", "--serve", source.address, "--mib", str(MIB)])
     try:
         if "listening" not in (server.hear() or {}):
             raise LabError(f"the rival did not start: {server.finish()}")
-        return json.loads(dest.sh(f"{tools.PROGRAMS}/uffd_rdma {source.address} --mib {MIB} --threads {threads} --count {COUNT}"))
+        return json.loads(dest.sh(run.format(program="uffd_rdma", file=f"{source.address} --mib {MIB}")))
     finally:
         server.kill()
         server.reap(20)
@@ -187,26 +192,28 @@ def ratio(mine: float, others: float) -> float | None:
 def demand(bench, rounds, pair, path):
     """Touches of missing pages: ours, the rival's, and the READ by itself, in turn."""
     source, dest = pair
-    threads = ",".join(map(str, THREADS))
     for number in range(rounds):
         raw = perftest("ib_read_lat", source, dest, "-s", 4096, "-n", 1000)
         read = {"median": raw[4], "p99": raw[7]}
-        with bench.file(MIB, pair) as file:
-            file.switch_with_nothing_pulled()
-            ours = json.loads(dest.sh(f"{tools.PROGRAMS}/fault_load --threads {threads} --count {COUNT} {file.dest_path}"))
-            stats = file.dst("stats")
-        rival = rivals(source, dest, threads)
-        for mine, other in zip(ours["runs"], rival["runs"], strict=True):
-            if mine["bad"] or other["bad"]:
-                raise LabError(f"a touch saw something else than was written: {mine} {other}")
-            ours_us, rival_us = mine["touch_us"], other["touch_us"]
-            bench.add(
-                "demand", path=path, round=number, threads=mine["threads"], read_lat_us=read, rival_read_us=rival["read_us"], ours_us=ours_us,
-                rival_us=rival_us, ours_cpu_s=mine["cpu_seconds"], rival_cpu_s=other["cpu_seconds"], pages_demand=stats["pages_demand"],
-                demand_ratio=ours_us["median"] / read["median"],
-                added_ratio=ratio(ours_us["median"] - read["median"], rival_us["median"] - read["median"]),
-                added_p99_ratio=ratio(ours_us["p99"] - read["p99"], rival_us["p99"] - read["p99"]),
-            )  # fmt: skip
+        for policy, prefix in POLICIES.items():
+            run = f"{prefix}{tools.PROGRAMS}/{{program}} --threads {','.join(map(str, THREADS))} --count {COUNT} {{file}}"
+            with bench.file(MIB, pair) as file:
+                file.switch_with_nothing_pulled()
+                ours = json.loads(dest.sh(run.format(program="fault_load", file=file.dest_path)))
+                stats = file.dst("stats")
+            rival = rivals(source, dest, run)
+            for mine, other in zip(ours["runs"], rival["runs"], strict=True):
+                if mine["bad"] or other["bad"]:
+                    raise LabError(f"a touch saw something else than was written: {mine} {other}")
+                ours_us, rival_us = mine["touch_us"], other["touch_us"]
+                bench.add(
+                    "demand", path=path, policy=policy, round=number, threads=mine["threads"], read_lat_us=read, rival_read_us=rival["read_us"],
+                    ours_us=ours_us, rival_us=rival_us, ours_cpu_s=mine["cpu_seconds"], rival_cpu_s=other["cpu_seconds"],
+                    pages_demand=stats["pages_demand"],
+                    demand_ratio=ours_us["median"] / read["median"],
+                    added_ratio=ratio(ours_us["median"] - read["median"], rival_us["median"] - read["median"]),
+                    added_p99_ratio=ratio(ours_us["p99"] - read["p99"], rival_us["p99"] - read["p99"]),
+                )  # fmt: skip
 
 
 def overrun(bench, rounds):
@@ -264,7 +271,7 @@ def medians(rows: list) -> list:
     """The median of every ratio and figure that GOALS names, over the rounds of what is otherwise the same."""
     groups: dict = {}
     for row in rows:
-        key = tuple((name, row[name]) for name in ("figure", "transport", "path", "threads", "bound_s", "gib", "dirty_pages", "keys") if name in row)
+        key = tuple((name, row[name]) for name in ("figure", "transport", "path", "policy", "threads", "bound_s", "gib", "dirty_pages", "keys") if name in row)
         groups.setdefault(key, []).append(row)
     found = []
     for key, alike in groups.items():
