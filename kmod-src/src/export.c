@@ -80,7 +80,6 @@ enum rram_switch_step {
  * @retired: keys that were replaced
  * @nr_retired: how many
  * @nr_replaced: pages that they alone hold
- * @regs: registrations under way
  * @sg: room for mapping one chunk
  * @bad: of the chunk that is looked at, pages that can't be read
  * @known: chunks whose key the destination has
@@ -120,7 +119,6 @@ struct rram_source {
 	struct list_head retired;
 	unsigned long nr_retired;
 	unsigned long nr_replaced;
-	atomic_t regs;
 	struct scatterlist *sg;
 	unsigned long bad[BITS_TO_LONGS(RRAM_CHUNK_PAGES)];
 	unsigned long *known;
@@ -176,6 +174,12 @@ static void rram_chunk_free(struct rram_chunk *c)
 	kfree(c);
 }
 
+/* The number of registrations under way. */
+static u32 rram_registering(struct rram_session *s)
+{
+	return s->regs - (u32)atomic_read(&s->regs_done);
+}
+
 static void rram_reg_done(struct ib_cq *cq, struct ib_wc *wc)
 {
 	struct rram_chunk *c = container_of(wc->wr_cqe, struct rram_chunk, cqe);
@@ -184,7 +188,8 @@ static void rram_reg_done(struct ib_cq *cq, struct ib_wc *wc)
 		c->ready = true;
 	else
 		WRITE_ONCE(c->s->broken, true);
-	atomic_dec(&c->s->src->regs);
+	/* The key is there before it is told: pairs with rram_msg_push(). */
+	atomic_fetch_add_release(1, &c->s->regs_done);
 	rram_poke(c->s);
 }
 
@@ -302,10 +307,11 @@ static int rram_register(struct rram_session *s, unsigned long index)
 	c->wr.mr = c->mr;
 	c->wr.key = c->mr->rkey;
 	c->wr.access = IB_ACCESS_REMOTE_READ;
-	atomic_inc(&src->regs);
-	err = ib_post_send(s->link[RRAM_LINK_BULK].id->qp, &c->wr.wr, NULL);
+	/* What is told of the key waits for it: see rram_msg_push(). */
+	s->regs++;
+	err = ib_post_send(s->link[RRAM_LINK_URGENT].id->qp, &c->wr.wr, NULL);
 	if (err) {
-		atomic_dec(&src->regs);
+		s->regs--;
 		WRITE_ONCE(s->broken, true);
 		goto free;
 	}
@@ -480,7 +486,7 @@ static int rram_offer_chunk(struct rram_session *s, unsigned long first,
 	unsigned int i, n;
 	int err;
 
-	if (!o || !rram_can_send(s) || atomic_read(&src->regs) >= RRAM_REGS_MAX)
+	if (!o || !rram_can_send(s) || rram_registering(s) >= RRAM_REGS_MAX)
 		return -EAGAIN;
 	if (!rram_harvest(s, first, mask, o->taken))
 		return 0;
@@ -1004,7 +1010,7 @@ static bool rram_key_step(struct rram_session *s)
 	int err;
 
 	if (!rram_can_send(s) || s->credits < 4 ||
-	    atomic_read(&src->regs) >= RRAM_REGS_MAX)
+	    rram_registering(s) >= RRAM_REGS_MAX)
 		return false;
 	index = rram_next_key(src);
 	if (index < 0)

@@ -321,6 +321,7 @@ static void rram_free_bufs(struct rram_session *s)
 	s->bufs = NULL;
 	INIT_LIST_HEAD(&s->tx);
 	INIT_LIST_HEAD(&s->rx);
+	INIT_LIST_HEAD(&s->unsent);
 }
 
 /* Makes the buffers of a connection and posts those for receiving. */
@@ -360,6 +361,8 @@ static int rram_make_bufs(struct rram_session *s)
 	}
 	s->credits = RRAM_MSG_DEPTH;
 	s->owed = 0;
+	s->regs = 0;
+	atomic_set(&s->regs_done, 0);
 	return 0;
 }
 
@@ -385,13 +388,11 @@ struct rram_buf *rram_msg_new(struct rram_session *s, enum rram_msg_type type)
 	return b;
 }
 
-void rram_msg_send(struct rram_session *s, struct rram_buf *b,
-		   unsigned int bytes)
+static void rram_msg_post(struct rram_session *s, struct rram_buf *b)
 {
-	struct rram_msg *msg = b->data;
 	struct ib_sge sge = {
 		.addr = b->dma,
-		.length = bytes,
+		.length = b->bytes,
 		.lkey = s->pd->local_dma_lkey,
 	};
 	struct ib_send_wr wr = {
@@ -403,13 +404,7 @@ void rram_msg_send(struct rram_session *s, struct rram_buf *b,
 	};
 	int err;
 
-	msg->bytes = cpu_to_le16(bytes);
-	msg->credit = s->owed;
-	s->owed = 0;
-	if (msg->type != RRAM_MSG_CREDIT)
-		s->credits--;
-	s->last_tx = jiffies;
-	ib_dma_sync_single_for_device(s->dev, b->dma, bytes, DMA_TO_DEVICE);
+	ib_dma_sync_single_for_device(s->dev, b->dma, b->bytes, DMA_TO_DEVICE);
 	err = ib_post_send(s->link[RRAM_LINK_BULK].id->qp, &wr, NULL);
 	if (err) {
 		spin_lock_irq(&s->buf_lock);
@@ -417,6 +412,43 @@ void rram_msg_send(struct rram_session *s, struct rram_buf *b,
 		spin_unlock_irq(&s->buf_lock);
 		WRITE_ONCE(s->broken, true);
 	}
+}
+
+/*
+ * Sends what may be sent: a message goes after the registrations that were
+ * posted before it, since it may hold their keys. The queue pair can't see to
+ * that, as it is another one: a registration that stands behind a message is
+ * made once more by rxe when the message is sent once more, which fails and
+ * ends the queue pair. The urgent one of a source sends nothing again.
+ */
+void rram_msg_push(struct rram_session *s)
+{
+	struct rram_buf *b;
+
+	while (!list_empty(&s->unsent) && !READ_ONCE(s->broken)) {
+		b = list_first_entry(&s->unsent, struct rram_buf, list);
+		if ((s32)((u32)atomic_read_acquire(&s->regs_done) - b->after) < 0)
+			break;
+		list_del(&b->list);
+		rram_msg_post(s, b);
+	}
+}
+
+void rram_msg_send(struct rram_session *s, struct rram_buf *b,
+		   unsigned int bytes)
+{
+	struct rram_msg *msg = b->data;
+
+	msg->bytes = cpu_to_le16(bytes);
+	msg->credit = s->owed;
+	s->owed = 0;
+	if (msg->type != RRAM_MSG_CREDIT)
+		s->credits--;
+	s->last_tx = jiffies;
+	b->bytes = bytes;
+	b->after = s->regs;
+	list_add_tail(&b->list, &s->unsent);
+	rram_msg_push(s);
 }
 
 /* Waits a little until what was sent has left. */
@@ -428,6 +460,7 @@ void rram_msg_flush(struct rram_session *s)
 		unsigned int n = 0;
 		struct list_head *pos;
 
+		rram_msg_push(s);
 		spin_lock_irq(&s->buf_lock);
 		list_for_each(pos, &s->tx)
 			n++;

@@ -199,13 +199,14 @@ struct rram_place {
 	bool taken;
 };
 
-/* A message's buffer. */
+/* A message's buffer; @after: registrations that have to be made before it. */
 struct rram_buf {
 	struct ib_cqe cqe;
 	struct list_head list;
 	struct rram_session *s;
 	u64 dma;
 	unsigned int bytes;
+	u32 after;
 	void *data;
 };
 
@@ -286,10 +287,13 @@ struct rram_dest;
  * @lost_at: when the connection was lost
  * @tx: send buffers that are free, under @buf_lock
  * @rx: received messages, under @buf_lock
+ * @unsent: messages that wait for registrations, in order; the thread's own
  * @bufs: all buffers of the connection
  * @buf_lock: @tx and @rx
  * @credits: messages that the peer has room for
  * @owed: receives posted since the last message
+ * @regs: registrations posted on this connection; the thread's own
+ * @regs_done: those that have ended
  * @busy_poll_us: see RRAM_TUNE_BUSY_POLL_US
  * @batch: see RRAM_TUNE_BATCH_PAGES
  * @background: see RRAM_TUNE_BACKGROUND
@@ -339,10 +343,13 @@ struct rram_session {
 
 	struct list_head tx;
 	struct list_head rx;
+	struct list_head unsent;
 	struct rram_buf *bufs;
 	spinlock_t buf_lock;	/* tx, rx */
 	int credits;
 	unsigned int owed;
+	u32 regs;
+	atomic_t regs_done;
 
 	unsigned int busy_poll_us;
 	unsigned int batch;
@@ -425,6 +432,7 @@ bool rram_can_send(struct rram_session *s);
 struct rram_buf *rram_msg_new(struct rram_session *s, enum rram_msg_type type);
 void rram_msg_send(struct rram_session *s, struct rram_buf *b,
 		   unsigned int bytes);
+void rram_msg_push(struct rram_session *s);
 void rram_msg_flush(struct rram_session *s);
 bool rram_say(struct rram_session *s, enum rram_msg_type type);
 struct rram_buf *rram_msg_next(struct rram_session *s);

@@ -287,6 +287,8 @@ static bool rram_turn(struct rram_session *s)
 	if (s->linked) {
 		if (!rram_messages(s))
 			return false;
+		/* A registration may have ended that a message waits for. */
+		rram_msg_push(s);
 		if (!s->broken) {
 			more = s->role == RRAM_ROLE_SOURCE ?
 			       rram_source_step(s) : rram_dest_step(s);
@@ -414,6 +416,7 @@ struct rram_session *rram_session_new(struct rram_file *f, enum rram_role role,
 	INIT_LIST_HEAD(&s->requests);
 	INIT_LIST_HEAD(&s->tx);
 	INIT_LIST_HEAD(&s->rx);
+	INIT_LIST_HEAD(&s->unsent);
 	s->net = get_net(current->nsproxy->net_ns);
 	s->args = *args;
 	s->batch = 32;

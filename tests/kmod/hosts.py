@@ -386,25 +386,32 @@ def slow_down(host, us):
     host.sh(f"echo {slow(us)} > /sys/kernel/debug/remote_ram/inject_delay_us")
 
 
-def dropping(*ways):
-    """A command that drops what comes or goes on the migration network."""
+def dropping(*ways, seconds=None):
+    """A command that drops what comes or goes on the migration network.
+
+    :param seconds: after so long the kernel lets all pass again, however long it takes until the next command is run.
+    """
     rules = ["add table inet cut"]
+    if seconds:
+        rules += ["add set inet cut links { type ifname; flags timeout; }", f"add element inet cut links {{ mig0 timeout {round(seconds * 1000)}ms }}"]
     for way in ways:
-        device = {"input": "iifname", "output": "oifname"}[way]
-        rules += [f"add chain inet cut {way} {{ type filter hook {way} priority 0; }}", f"add rule inet cut {way} {device} mig0 drop"]
+        match = f"{'iifname' if way == 'input' else 'oifname'} {'@links' if seconds else 'mig0'}"
+        rules += [f"add chain inet cut {way} {{ type filter hook {way} priority 0; }}", f"add rule inet cut {way} {match} drop"]
     return f"nft '{'; '.join(rules)}'"
 
 
-def ways_to_cut(host, how):
+def ways_to_cut(host, how, seconds=None):
     """What cuts the migration network of a host: on which hosts, how it begins and how it ends.
 
     With rxe it is always cut where packets come in, on both hosts: when the sending host itself drops a packet of a queue pair that
     has none on its way, rxe waits for ever for that packet to be freed, and the queue pair of the connection manager is one.
+
+    :param seconds: until it ends by itself, if packets are dropped.
     """
     if host.transport == "rxe":
-        return [host, host.peer], dropping("input"), "nft delete table inet cut"
+        return [host, host.peer], dropping("input", seconds=seconds), "nft delete table inet cut"
     begin, end = {
-        "drop": (dropping("input", "output"), "nft delete table inet cut"),
+        "drop": (dropping("input", "output", seconds=seconds), "nft delete table inet cut"),
         "loss": ("tc qdisc replace dev mig0 root netem loss 100%", "tc qdisc del dev mig0 root"),
         "down": ("ip link set mig0 down", "ip link set mig0 up"),
     }[how]
@@ -426,15 +433,22 @@ def cut(host, how):
             each.cut = False
 
 
-def cut_for(host, how, seconds):
-    """Cuts the migration network for that time and hardly longer: each host is told once, both at the same time."""
-    hosts, begin, end = ways_to_cut(host, how)
+@contextlib.contextmanager
+def cut_for(host, seconds):
+    """The migration network is cut for that time and hardly longer, on hosts of which a command may take that long by itself."""
+    hosts, begin, end = ways_to_cut(host, "drop", seconds)
     for each in hosts:
         each.cut = True
-    for done in [each.start("sh", script=f"{begin} && sleep {seconds} && {end}", check=True) for each in hosts]:
+    for done in [each.start("sh", script=begin, check=True) for each in hosts]:
         done()
-    for each in hosts:
-        each.cut = False
+    over = time.monotonic() + seconds
+    try:
+        yield
+    finally:
+        time.sleep(max(0, over - time.monotonic()))
+        for each in hosts:
+            each.sh(end)
+            each.cut = False
 
 
 @contextlib.contextmanager
