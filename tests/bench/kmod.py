@@ -169,16 +169,18 @@ def bulk(bench, rounds):
         )  # fmt: skip
 
 
-def rivals(source, dest, run: str) -> dict:
-    """What the rival in user space prints: userfaultfd, and READs by libibverbs.
+def touches(host, policy: str, program: str, target: str) -> dict:
+    """What a program prints that touches missing pages, by each number of threads."""
+    return json.loads(host.sh(f"{POLICIES[policy]}{tools.PROGRAMS}/{program} --threads {','.join(map(str, THREADS))} --count {COUNT} {target}"))
 
-    :param run: how it is started, and with which threads.
-    """
+
+def rivals(source, dest, policy: str) -> dict:
+    """What the rival in user space prints: userfaultfd, and READs by libibverbs."""
     server = tools.Program(source, [f"{tools.PROGRAMS}/uffd_rdma", "--serve", source.address, "--mib", str(MIB)])
     try:
         if "listening" not in (server.hear() or {}):
             raise LabError(f"the rival did not start: {server.finish()}")
-        return json.loads(dest.sh(run.format(program="uffd_rdma", file=f"{source.address} --mib {MIB}")))
+        return touches(dest, policy, "uffd_rdma", f"{source.address} --mib {MIB}")
     finally:
         server.kill()
         server.reap(20)
@@ -195,13 +197,12 @@ def demand(bench, rounds, pair, path):
     for number in range(rounds):
         raw = perftest("ib_read_lat", source, dest, "-s", 4096, "-n", 1000)
         read = {"median": raw[4], "p99": raw[7]}
-        for policy, prefix in POLICIES.items():
-            run = f"{prefix}{tools.PROGRAMS}/{{program}} --threads {','.join(map(str, THREADS))} --count {COUNT} {{file}}"
+        for policy in POLICIES:
             with bench.file(MIB, pair) as file:
                 file.switch_with_nothing_pulled()
-                ours = json.loads(dest.sh(run.format(program="fault_load", file=file.dest_path)))
+                ours = touches(dest, policy, "fault_load", file.dest_path)
                 stats = file.dst("stats")
-            rival = rivals(source, dest, run)
+            rival = rivals(source, dest, policy)
             for mine, other in zip(ours["runs"], rival["runs"], strict=True):
                 if mine["bad"] or other["bad"]:
                     raise LabError(f"a touch saw something else than was written: {mine} {other}")

@@ -419,29 +419,16 @@ def ways_to_cut(host, how, seconds=None):
 
 
 @contextlib.contextmanager
-def cut(host, how):
-    """The migration network is cut on a host while this lasts, and for as long as the commands take: seconds, on slow hosts."""
-    hosts, begin, end = ways_to_cut(host, how)
+def cut(host, how, seconds=None):
+    """The migration network is cut on a host while this lasts, and for as long as the commands take: seconds, on slow hosts.
+
+    :param seconds: if packets are dropped: so long, and hardly longer, whatever the commands take; nor does this end before.
+    """
+    hosts, begin, end = ways_to_cut(host, how, seconds)
     for each in hosts:
         each.cut = True
-        each.sh(begin)
-    try:
-        yield
-    finally:
-        for each in hosts:
-            each.sh(end)
-            each.cut = False
-
-
-@contextlib.contextmanager
-def cut_for(host, seconds):
-    """The migration network is cut for that time and hardly longer, on hosts of which a command may take that long by itself."""
-    hosts, begin, end = ways_to_cut(host, "drop", seconds)
-    for each in hosts:
-        each.cut = True
-    for done in [each.start("sh", script=begin, check=True) for each in hosts]:
-        done()
-    over = time.monotonic() + seconds
+    lab_module.each(lambda each: each.sh(begin), hosts)
+    over = time.monotonic() + (seconds or 0)
     try:
         yield
     finally:
