@@ -32,7 +32,7 @@ SIW_PATCHES = sorted((REPO / "roles" / "rdma" / "files").glob("siw-*.patch"))
 SIW_ARGS = ["CONFIG_RDMA_SIW=m", "CONFIG_DEBUG_INFO_BTF_MODULES="]
 EXCLUDE = ["tests", "README.md"]
 #: Test programs of this folder; those of kmod-src/tests come by its Makefile.
-PROGRAMS = ("ram.c",)
+PROGRAMS = ("flags.c", "ram.c")
 #: Besides the headers: what compiles modules and programs, checks sources, and the source of siw and checkpatch.
 PACKAGES = ("gcc", "libc6-dev", "make", "sparse", "libibverbs-dev", "librdmacm-dev", "linux-source", "xz-utils", "perl", "python3-minimal", "kmod")
 #: From linux-source: siw, which Debian doesn't build, and the kernel's own style checker.
