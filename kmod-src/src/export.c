@@ -188,7 +188,7 @@ static void rram_reg_done(struct ib_cq *cq, struct ib_wc *wc)
 		c->ready = true;
 	else
 		WRITE_ONCE(c->s->broken, true);
-	/* The key is there before it is told: pairs with rram_msg_push(). */
+	/* All of this is there before it counts: pairs with rram_msg_push(). */
 	atomic_fetch_add_release(1, &c->s->regs_done);
 	rram_poke(c->s);
 }

@@ -425,9 +425,11 @@ void rram_msg_push(struct rram_session *s)
 {
 	struct rram_buf *b;
 
-	while (!list_empty(&s->unsent) && !READ_ONCE(s->broken)) {
+	while (!list_empty(&s->unsent)) {
 		b = list_first_entry(&s->unsent, struct rram_buf, list);
-		if ((s32)((u32)atomic_read_acquire(&s->regs_done) - b->after) < 0)
+		/* In this order: one that failed says so before it counts. */
+		if ((s32)((u32)atomic_read_acquire(&s->regs_done) - b->after) < 0 ||
+		    READ_ONCE(s->broken))
 			break;
 		list_del(&b->list);
 		rram_msg_post(s, b);
