@@ -38,7 +38,6 @@ BANDWIDTH = 8  # MiB/s that a host of the lab sends, about
 DEADLINES = (10, 60, 120)
 # What a host may have less, or more, at the end. Below that is what it does besides; a leak of each round is above it.
 AVAILABLE_KIB, SLAB_KIB, OPEN_FILES = 16 * 1024, 4 * 1024, 64
-WARNED, DIED = 1 << 9, 1 << 7  # bits of /proc/sys/kernel/tainted
 
 # Run by a host's Python. MemAvailable counts what is on a tmpfs as used, such as a log in /run: that is added.
 MEASURE = """
@@ -122,7 +121,7 @@ def alarms(log: str) -> list:
 def tainted(before: dict, after: dict) -> list:
     """Kernels that have complained, also where the log has lost it."""
     added = {host: after[host]["tainted"] & ~before[host]["tainted"] for host in before}
-    return [f"the kernel of {host} is tainted by a warning or an oops" for host, bits in added.items() if bits & (WARNED | DIED)]
+    return [f"the kernel of {host} is damaged: /proc/sys/kernel/tainted has {bits:#x} more" for host, bits in added.items() if bits & lab_module.DAMAGED]
 
 
 def misplaced(where: dict, names: list, away: bool) -> list:

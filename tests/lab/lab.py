@@ -42,8 +42,8 @@ HOST_MEMORY_MIB = 4096
 # kernel's allocator uses, the flags may be those of an operand (helper_cmpxchg16b_unlocked() goes by an env->cc_op that was not
 # stored). If an interrupt comes there, they stay, among them the direction of string operations: a host panicked now and then.
 EMULATED_CPU = "max,-la57,-erms,-smap,-pclmulqdq,-aes,-vaes,-cx16"
-# Bits of /proc/sys/kernel/tainted: a bad page, an oops, a warning. What comes after one of them on that host proves nothing.
-DAMAGED = 1 << 5 | 1 << 7 | 1 << 9
+# Bits of /proc/sys/kernel/tainted: a bad page, an oops, a warning, a lockup. What comes after one of them on that host proves nothing.
+DAMAGED = 1 << 5 | 1 << 7 | 1 << 9 | 1 << 14
 BOOT_SECONDS = 900
 SLOW_BOOT_SECONDS = 3600  # of a kernel that is not the image's, which may be one that checks all it does
 # What systemd is told on such a kernel: it would end what takes longer than 90 s to start, and begin it again.
