@@ -8,6 +8,7 @@ for that (pytest-xdist): the first one in the lab, the other one in a lab of its
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import sys
 
@@ -177,6 +178,7 @@ class Pair:
             f"lockdep at the end: {', '.join('on' if lock else 'off' for lock in locks)}; "
             f"objects lost (kmemleak): {ours or 'none'} of remote_ram, {len(found) - ours or 'none'} of others; hosts started again: {self.restarts}"
         )
+        note += "".join(f"\n  lost, {count} of this: {what}" for what, count in collections.Counter(map(tools.made_by, found)).items())
         return wrong, note
 
     def restart(self, hurt):
