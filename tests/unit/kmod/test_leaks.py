@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import sys
 
 import pytest
 
@@ -25,8 +26,10 @@ LOST = """ 0xffff8881052d1a00 (size 128):
 def hosts():
     spec = importlib.util.spec_from_file_location("kmod_hosts_for_tests", HOSTS)
     module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path[:] = before
 
 
 def test_what_was_lost_is_told_with_who_made_it(hosts):
