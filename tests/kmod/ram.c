@@ -60,7 +60,8 @@ static void die(const char *what)
 {
 	printf("{\"error\": \"%s: %s\"}\n", what, strerror(errno));
 	fflush(stdout);
-	exit(1);
+	/* Not exit(): it waits for stdin, which another thread reads. */
+	_exit(1);
 }
 
 static uint64_t mark(unsigned long page, uint32_t count, unsigned int at)
@@ -147,6 +148,7 @@ static int look(unsigned long page, uint32_t count, pid_t thread)
 	char *at = ram + page * PAGE;
 	long copy[PAGE / sizeof(long)];
 	unsigned long i;
+	bool failed;
 	int status;
 
 	if (!thread)
@@ -154,13 +156,12 @@ static int look(unsigned long page, uint32_t count, pid_t thread)
 	if (ptrace(PTRACE_ATTACH, thread, NULL, NULL) ||
 	    waitpid(thread, &status, __WALL) != thread)
 		return 2;
-	for (i = 0; i < PAGE / sizeof(long); i++) {
-		errno = 0;
+	errno = 0;
+	for (i = 0; !errno && i < PAGE / sizeof(long); i++)
 		copy[i] = ptrace(PTRACE_PEEKDATA, thread, at + i * sizeof(long), NULL);
-		if (errno)
-			return 2;
-	}
-	if (ptrace(PTRACE_DETACH, thread, NULL, NULL))
+	failed = errno != 0;
+	/* Also then: without it, what stopped the thread would stop its process. */
+	if (ptrace(PTRACE_DETACH, thread, NULL, NULL) || failed)
 		return 2;
 	return differs((char *)copy, page, count, MARKS) >= 0;
 }
