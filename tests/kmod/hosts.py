@@ -241,7 +241,7 @@ class Host:
 
 def made_by(lost: str) -> str:
     """What kmemleak tells of an object in a line: its size, who asked for it, and the functions that made it, the innermost first."""
-    what, _, stack = lost.partition("backtrace")
+    what, _by, stack = lost.partition("backtrace")
     size, who = re.search(r"\(size (\d+)\)", what), re.search(r'comm "(.*?)"', what)
     functions = ["".join(found) for found in re.findall(r"(\S+)\+0x\S+( \[\w+\])?$", stack, re.MULTILINE)]
     return f"{size.group(1)} bytes, by {who.group(1)}: {' < '.join(functions)}"
