@@ -48,7 +48,7 @@ class Stage:
         return self.nice == 0
 
 
-# Suites of their own, beside these: the scenarios faults, remote_ram_faults, rdma_others and kmod, test-kmod-debug, test-kmod-kernels,
+# Suites of their own, beside these: the scenarios faults, remote_ram_faults, onboard, rdma_others and kmod, test-kmod-debug, test-kmod-kernels,
 # soak, test-pyverbs, bench.
 STAGES = (
     Stage("units", ("units",), 1800, SOME),

@@ -32,6 +32,8 @@ HYBRID_DIRTY_SHARE = 0.5
 DEADLINE_MARGIN = 0.9
 # The precopy engine has to converge: its bound is a multiple of the time expected.
 PRECOPY_ONLY_SLACK = 1.5
+# Why a VM that is onboarded moves as it does.
+ONBOARDED = "its memory goes onto remote_ram, where QEMU's post-copy can't put it; the next move is by the kernel engine"
 
 # How hard placement tries before it says no_room.
 SPREAD_WIDTH = 8
@@ -411,7 +413,7 @@ def _onboards(vm, host, options):
 def _choose_engine(vm, host, options):
     """The engine for a VM and its destination, and why."""
     if options.engine == "auto" and _onboards(vm, host, options):
-        return "precopy", "its memory goes onto remote_ram, where QEMU's post-copy can't put it; the next move is by the kernel engine"
+        return "precopy", ONBOARDED
     engine = _pair_engines(_usable_engines(vm, options), host.kind)[0]
     if options.engine != "auto":
         return engine, "asked for"
@@ -1384,7 +1386,7 @@ def render_table(plan):
             for entry in plan["blocked"]
             for first, blocker in zip([True] + [False] * len(entry["blockers"]), entry["blockers"])
         ]
-        lines += ["", "Blocked: these can't leave", *_columns(rows)]
+        lines += ["", f"Blocked: these can't {'be onboarded' if 'waves' in plan else 'leave'}", *_columns(rows)]
     if plan["skipped"]:
         lines += ["", "Skipped", *_columns([(entry["vm"], entry["from"] or "-", entry["reason"]) for entry in plan["skipped"]])]
     lines += ["", "Hosts", *_host_lines(plan)]
@@ -1404,7 +1406,8 @@ def _headline(plan):
         if plan["elapsed_s"]:
             time += f", {plan['elapsed_s']:g} s of which have passed"
     verdict = "feasible" if plan["feasible"] else "NOT FEASIBLE"
-    return f"Evacuation of {_list_of(plan['sources'])}: {', '.join(parts)}, {time}: {verdict}"
+    what = "Onboarding of the VMs of" if "waves" in plan else "Evacuation of"
+    return f"{what} {_list_of(plan['sources'])}: {', '.join(parts)}, {time}: {verdict}"
 
 
 def _host_lines(plan):

@@ -59,8 +59,8 @@ def open_agent(run_dir: str, name: str, timeout: float = 5.0) -> QmpClient | Non
 
 def query(client: QmpClient) -> dict:
     """All that facts are made of: the answers of QEMU by command, ``arguments``, ``machine``, ``cpu``, ``memory``, ``objects`` and
-    ``devices``, which QEMU's object model answers; ``arriving``, whether the kernel module still fetches some of its memory, and
-    ``pages_lost``, of how many pages of 4 KiB the contents are nowhere since a move.
+    ``devices``, which QEMU's object model answers; ``resident``, bytes of memory that its QEMU takes, or None; ``arriving``, whether the
+    kernel module still fetches some of its memory, and ``pages_lost``, of how many pages of 4 KiB the contents are nowhere since a move.
 
     :raises QmpError: the connection was lost.
     """
@@ -69,6 +69,7 @@ def query(client: QmpClient) -> dict:
         for command in ("query-status", "query-uuid", "query-memory-size-summary", "query-cpus-fast", "query-block", "query-migrate", "query-block-jobs")
     }
     answers["arguments"] = _arguments(client.peer_pid())
+    answers["resident"] = _resident(client.peer_pid())
     answers["machine"] = _property(client, "/machine", "type")
     vcpus = answers["query-cpus-fast"]
     answers["cpu"] = _property(client, vcpus[0]["qom-path"], "type") if vcpus else None
@@ -115,6 +116,16 @@ def _arguments(pid: int) -> list[str]:
             return stream.read().split("\0")[1:-1]
     except OSError:
         return []
+
+
+def _resident(pid: int) -> int | None:
+    """Bytes of memory that a process takes, which would be free without it; None when it can't be read. What it maps of programs is not its own."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="surrogateescape") as stream:
+            sizes = dict(line.split(":", 1) for line in stream if line.startswith("Rss"))
+        return sum(int(sizes[key].split()[0]) for key in ("RssAnon", "RssShmem")) * 1024
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
 
 
 def _property(client: QmpClient, path: str, name: str):

@@ -55,7 +55,7 @@ SAMPLE = {
 }
 
 PLAN = _object({}, {
-    "source": _or_null(NAME),  # null when VMs leave several hosts, as on the way back
+    "source": _or_null(NAME),  # null when VMs leave several hosts, as on the way back or when they are onboarded
     "deadline_s": _or_null(POSITIVE),
     "elapsed_s": _or_null(POSITIVE),  # of the deadline, when the plan was made
     "estimated_s": _or_null(POSITIVE),
@@ -71,10 +71,12 @@ PLAN = _object({}, {
         "dirty_rate_mib_s": _or_null(POSITIVE),
         "precopy_timeout_s": _or_null(POSITIVE),
         "order": _or_null(COUNT),
+        "wave": _or_null(COUNT),
         "estimated_start_s": _or_null(POSITIVE),
         "estimated_s": _or_null(POSITIVE),
         "reason": _or_null(TEXT),
     })),
+    "waves": _list(COUNT),  # moves of each, when VMs are onboarded
     "blocked": _list(_object({"vm": NAME}, {
         "driver": _or_null(TEXT),
         "blockers": _list(_object({"code": NAME, "message": TEXT})),
@@ -151,18 +153,21 @@ VM = _object({
 
 SCHEMA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "Report of the evacuation of one hypervisor, or of the return of its VMs",
+    "title": "Report of the evacuation of one hypervisor, of the return of its VMs, or of VMs whose memory went onto remote_ram",
     **_object({
         "format": {"const": 1},
-        "host": NAME,
-        "direction": {"enum": ["away", "back"], "description": "away: the VMs were to leave the host; back: they were to return to it"},
+        "host": {**NAME, "description": "a hypervisor; or the group of all, when VMs were onboarded"},
+        "direction": {
+            "enum": ["away", "back", "onboard"],
+            "description": "away: the VMs were to leave the host; back: they were to return to it; onboard: they were to have their memory on remote_ram",
+        },
         "started": {"type": "string", "format": "date-time"},
         "finished": {"type": "string", "format": "date-time"},
         "failed": {**COUNT, "description": "VMs that should have moved and did not: those with the result failed or blocked"},
         "deadline_s": _or_null(POSITIVE),
         "elapsed_s": POSITIVE,
-        "freed_s": _or_null(NUMBER, description="seconds until the last VM had left with all of its memory, or was back; null when one did not"),
-        "empty": {**FLAG, "description": "no VM runs on the host, and none still fetches its memory from it"},
+        "freed_s": _or_null(NUMBER, description="seconds until the last VM had left with all of its memory, or was back, or onboarded; null when one did not"),
+        "empty": {**FLAG, "description": "no VM runs on the host, and none still fetches its memory from it; false when VMs were onboarded"},
         "check": {**FLAG, "description": "nothing was moved: this is what would happen"},
         "vms": _list(VM),
         "plan": PLAN,
@@ -236,11 +241,12 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
     :param migrations: states of the migrations of this evacuation. Of several for one VM the last to start counts.
     :param locations: where each VM was found at the end: name of the VM → name of the host, or None when it runs nowhere.
         A VM that is missing here was not looked for.
-    :param host: the hypervisor that was to become empty, or that the VMs were to return to.
+    :param host: the hypervisor that was to become empty, or that the VMs were to return to; or what the hypervisors are called whose VMs
+        were to be onboarded.
     :param started: seconds since the epoch, like ``finished``.
     :param clients: what clients outside saw.
     :param check: nothing was moved; the report says what would be.
-    :param direction: ``away`` from the host, or ``back`` to it.
+    :param direction: ``away`` from the host, ``back`` to it, or ``onboard``.
     :raises ReportError: the input is not what it should be.
     """
     validate(plan, PLAN, "plan")
@@ -255,25 +261,31 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
     validate(clients or [], _list(CLIENT), "clients")
     if finished < started:
         raise ReportError(f"The evacuation can't have finished ({finished}) before it started ({started}).")
-    back = direction == "back"
-    if not back and (plan.get("source") or host) != host:
+    away, back, onboard = (direction == known for known in ("away", "back", "onboard"))
+    if away and (plan.get("source") or host) != host:
         raise ReportError(f"The plan is for {plan['source']}, but the report is for {host}.")
 
     last = _last_attempts(migrations)
     vms = []
     empty = True
-    for name, (fate, entry) in _fates(plan, last, locations, None if back else host).items():
+    # Of VMs that are not to be onboarded it does not matter what else moves them.
+    for name, (fate, entry) in _fates(plan, {} if onboard else last, locations, host if away else None).items():
         migration = last.get(name, {})
-        source = (migration.get("from") or entry.get("from") or "unknown") if back else host
+        source = host if away else (migration.get("from") or entry.get("from") or "unknown")
         place = locations.get(name)
         if back and place not in (None, source, host):
-            result, reason, away = "failed", f"is on {place}, not back on {host}", True
+            result, reason, gone = "failed", f"is on {place}, not back on {host}", True
+        elif onboard and fate != "move":
+            result, reason, gone = _outcome(name, fate, entry, {}, {name: source}, source, check)
+            migration, reason = {}, reason if place in (None, source) else f"{reason}; it is on {place} now"
+        elif onboard and not migration and place not in (None, source):
+            result, reason, gone = "failed", f"is on {place}, where no migration of this run brought it: its memory is as it was", True
         else:
-            result, reason, away = _outcome(name, fate, entry, migration, locations, source, check)
+            result, reason, gone = _outcome(name, fate, entry, migration, locations, source, check)
         vms.append(_vm(name, entry, migration, result, reason, place, source, started, plan.get("elapsed_s") or 0))
-        empty = empty and away
-    if back:
-        empty = host not in locations.values()
+        empty = empty and gone
+    if not away:
+        empty = back and host not in locations.values()
 
     report = {
         "format": 1,
@@ -284,7 +296,7 @@ def build(plan: dict, migrations: list, locations: dict, host: str, started: flo
         "failed": sum(vm["result"] in ("failed", "blocked") for vm in vms),
         "deadline_s": plan.get("deadline_s"),
         "elapsed_s": round(finished - started, 3),
-        "freed_s": _freed(vms, back or empty),
+        "freed_s": _freed(vms, empty or not away),
         "empty": empty,
         "check": check,
         "vms": vms,

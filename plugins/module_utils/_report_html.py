@@ -165,11 +165,19 @@ def _of(report: dict, *states: str) -> list:
 # --- Top of the page --------------------------------------------------------------------------------------------------
 
 def _what(report: dict) -> str:
-    return "Return to" if _back(report) else "Evacuation of"
+    return {"back": "Return to", "onboard": "Onboarding of VMs of"}.get(report["direction"], "Evacuation of")
 
 
 def _back(report: dict) -> bool:
     return report["direction"] == "back"
+
+
+def _run(report: dict) -> str:
+    return {"back": "return", "onboard": "onboarding"}.get(report["direction"], "evacuation")
+
+
+def _onboard(report: dict) -> bool:
+    return report["direction"] == "onboard"
 
 
 def _head(report: dict) -> str:
@@ -178,9 +186,16 @@ def _head(report: dict) -> str:
     left = len(_of(report, "failed", "blocked", "skipped")) - len(lost)
     if report["check"]:
         would = len(_of(report, "would"))
-        stay = len(report["vms"]) - would
+        # Who is not onboarded stays anyway.
+        stay = len(_of(report, "blocked")) if _onboard(report) else len(report["vms"]) - would
         kind = "plan" if not stay else "warn"
-        title = f"Check: {_plural(would, 'VM')} would {'return to' if _back(report) else 'leave'} {host}" + (f", {stay} would stay" if stay else "")
+        does = f"be onboarded on {host}" if _onboard(report) else f"return to {host}" if _back(report) else f"leave {host}"
+        title = f"Check: {_plural(would, 'VM')} would {does}" + (f", {stay} would stay" if stay else "")
+    elif _onboard(report):
+        left = len(_of(report, "failed", "blocked")) - len(lost)
+        kind = "bad" if report["failed"] else "ok"
+        title = f"{_plural(len(_of(report, 'moved')), 'VM')} onboarded on {host}"
+        title += "".join(f", {number} {word}" for number, word in ((left, "not"), (len(lost), "lost")) if number)
     elif _back(report):
         kind = "ok" if not left and not lost else "bad" if report["failed"] else "warn"
         title = f"{_plural(len(_of(report, 'moved')), 'VM')} returned to {host}"
@@ -196,7 +211,7 @@ def _head(report: dict) -> str:
             title += f", {len(lost)} lost"
     shape = {"ok": "✓", "bad": "✕", "warn": "!", "plan": "→"}[kind]
     when = f'<p class="when">From <time>{_text(_moment(report["started"]))}</time> to <time>{_text(_moment(report["finished"]))}</time></p>'
-    return (f'<header class="head {kind}"><p class="kicker">{"Return" if _back(report) else "Evacuation"}{", check mode" if report["check"] else ""}</p>'
+    return (f'<header class="head {kind}"><p class="kicker">{_run(report).capitalize()}{", check mode" if report["check"] else ""}</p>'
             f'<h1><span class="mark" aria-hidden="true">{shape}</span><span>{title}</span></h1>{_against_deadline(report)}{when}</header>')
 
 
@@ -721,9 +736,9 @@ def _table(report: dict) -> str:
     heads = "".join(f'<th role="columnheader" scope="col"{NUM if shown else ""}>{heading}</th>'
                     for _key, heading, shown in (("", "VM", None), ("", "Result", None), *columns))
     body = "".join(_table_rows(report, vm, columns) for vm in report["vms"])
-    note = f"{'To' if _back(report) else 'From'} {_name(report['host'])}."
+    note = f"{'To' if _back(report) else 'On' if _onboard(report) else 'From'} {_name(report['host'])}."
     if not report["check"]:
-        note += f" Start, switch and end count from the start of the {'return' if _back(report) else 'evacuation'}."
+        note += f" Start, switch and end count from the start of the {_run(report)}."
     return _section("All VMs", note, '<div class="scroll"><table role="table" class="vms">'
                     f'<thead role="rowgroup"><tr role="row">{heads}</tr></thead>{body}</table></div>')
 
@@ -752,7 +767,7 @@ def _hosts(report: dict) -> str:
             arrived[vm["location"]] = arrived.get(vm["location"], 0) + 1
     rows = []
     for host in report["plan"].get("hosts", []):
-        if host["name"] == report["host"] and not _back(report):
+        if host["name"] == report["host"] and report["direction"] == "away":
             continue
         name = _name(host["name"])
         if not host.get("usable", True):
@@ -762,7 +777,7 @@ def _hosts(report: dict) -> str:
         found = [] if report["check"] else [_data(count, str(count))]
         rows.append((name, _data(planned, str(planned)), *found, _data(before, mebibytes(before)), _data(after, mebibytes(after))))
     headings = ("Host", "VMs planned", *(() if report["check"] else ("VMs arrived",)), "Free memory", "Free afterwards, by the plan")
-    return _section("The other hosts", "", _figures(headings, rows)) if rows else ""
+    return _section("The hosts" if _onboard(report) else "The other hosts", "", _figures(headings, rows)) if rows else ""
 
 
 def _clients(report: dict) -> str:

@@ -179,6 +179,7 @@ def _empty(name: str, driver: str) -> dict:
         "state_reason": "",
         "job": None,
         "memory_mib": 0,
+        "memory_resident_mib": None,
         "vcpus": 1,
         "machine": None,
         "cpu": {"mode": "custom", "model": None, "features": [], "migratable": True},
@@ -867,6 +868,8 @@ def facts_from_qmp(name: str, conf: dict, queries: dict | None, storage: Storage
         vm["unknown"] = [] if job else [blocker("unreachable", f"its QEMU gives no answer: {error}")]
     sizes = asked.get("query-memory-size-summary")
     vm["memory_mib"] = (sizes["base-memory"] + sizes.get("plugged-memory", 0)) // 1024 ** 2 if sizes else arguments.memory_mib()
+    if asked.get("resident") is not None:
+        vm["memory_resident_mib"] = min(vm["memory_mib"], asked["resident"] // 1024 ** 2)
     vcpus = asked.get("query-cpus-fast")
     vm["vcpus"] = len(vcpus) if vcpus else _leading_number(arguments.last("smp", "cpus").get("cpus"))
     machine = asked.get("machine")

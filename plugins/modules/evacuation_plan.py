@@ -144,6 +144,14 @@ options:
         destination allow that. Such a VM moves by V(precopy), which O(engine) has to be, or V(auto).
     type: bool
     default: false
+  walk:
+    description:
+      - Plans how VMs are onboarded, instead of how O(sources) become empty. Of these, or of all hosts if there are none, only those VMs move
+        that can have their memory on C(remote_ram) and have it elsewhere, as with O(onboard).
+      - One host comes after the other, in RV(plan.waves), and may take VMs of the others, also where one has left before.
+      - There is no O(deadline_s). VMs that can't be onboarded are skipped, with the reason, and so are hosts that belong to an evacuation.
+    type: bool
+    default: false
 seealso:
   - module: hecaton.fleet.vm_info
 """
@@ -169,6 +177,13 @@ EXAMPLES = r"""
 - name: Show the plan
   ansible.builtin.debug:
     msg: "{{ evacuation.table.splitlines() }}"
+  run_once: true
+
+- name: Plan how the VMs of the whole fleet get their memory onto remote_ram
+  hecaton.fleet.evacuation_plan:
+    facts: "{{ ansible_play_hosts | map('extract', hostvars, 'fleet_facts') }}"
+    walk: true
+  delegate_to: localhost
   run_once: true
 
 - name: Plan how two VMs come back to hv07
@@ -264,6 +279,11 @@ plan:
           description: Place in the order of starts, from 1.
           type: int
           sample: 1
+        wave:
+          description: Which wave it is in, from 1.
+          returned: with O(walk)
+          type: int
+          sample: 1
         estimated_start_s:
           description: Estimated start, in seconds since the first one.
           type: float
@@ -276,6 +296,12 @@ plan:
           description: Why that destination.
           type: str
           sample: most free memory
+    waves:
+      description: How many of the moves each wave has; one begins when all of the wave before have ended.
+      returned: with O(walk)
+      type: list
+      elements: int
+      sample: [3, 2]
     blocked:
       description: VMs that can't move.
       type: list
@@ -354,6 +380,7 @@ table:
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.hecaton.fleet.plugins.module_utils._planner import ENGINES, Options, PlanError, make_plan, render_table
+from ansible_collections.hecaton.fleet.plugins.module_utils._planner_walk import make_walk
 
 
 def argument_spec():
@@ -377,14 +404,15 @@ def argument_spec():
         "precopy_min_s": {"type": "int", "default": 2},
         "engine": {"type": "str", "choices": ["auto", *ENGINES], "default": "auto"},
         "onboard": {"type": "bool", "default": False},
+        "walk": {"type": "bool", "default": False},
     }
 
 
 def main():
     module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
-    options = Options(**{name: module.params[name] for name in argument_spec() if name != "facts"})
+    options = Options(**{name: module.params[name] for name in argument_spec() if name not in ("facts", "walk")})
     try:
-        plan = make_plan(module.params["facts"], options)
+        plan = (make_walk if module.params["walk"] else make_plan)(module.params["facts"], options)
     except PlanError as error:
         module.fail_json(msg=f"No plan: {error}")
     module.exit_json(changed=False, plan=plan, table=render_table(plan))

@@ -41,14 +41,14 @@ options:
     type: dict
   host:
     description:
-      - The hypervisor that was to become empty, or that VMs were to return to.
+      - The hypervisor that was to become empty, or that VMs were to return to; or what those are called whose VMs were to be onboarded.
       - Required without O(report), like O(plan), O(locations), O(started) and O(finished).
     type: str
   direction:
     description:
-      - Whether the VMs were to leave O(host), or to return to it.
+      - Whether the VMs were to leave O(host), to return to it, or to have their memory on C(remote_ram).
     type: str
-    choices: [away, back]
+    choices: [away, back, onboard]
     default: away
   plan:
     description:
@@ -158,7 +158,7 @@ report:
       description: The version of this format, V(1).
       type: int
     host:
-      description: The hypervisor that was to become empty.
+      description: O(host).
       type: str
     started:
       description: When the evacuation started, in UTC.
@@ -169,7 +169,7 @@ report:
       type: str
       sample: "2026-11-23T10:01:10Z"
     direction:
-      description: Whether the VMs were to leave the hypervisor, V(away), or to return to it, V(back).
+      description: Whether the VMs were to leave the hypervisor, V(away), to return to it, V(back), or to have their memory on C(remote_ram), V(onboard).
       type: str
       sample: away
     failed:
@@ -313,7 +313,7 @@ def main():
         argument_spec={
             "report": {"type": "dict"},
             "host": {"type": "str"},
-            "direction": {"type": "str", "choices": ["away", "back"], "default": "away"},
+            "direction": {"type": "str", "choices": ["away", "back", "onboard"], "default": "away"},
             "plan": {"type": "dict"},
             "migrations": {"type": "list", "elements": "dict", "default": []},
             "locations": {"type": "dict"},

@@ -136,6 +136,9 @@ host:
     memory_total_mib:
       description: Its memory, in MiB.
       type: int
+    memory_resident_mib:
+      description: How much of it the host holds, in MiB, which is free once the VM has left; null when that is not known, as of libvirt's VMs.
+      type: int
     memory_available_mib:
       description: The memory that the kernel counts as available now, in MiB.
       type: int
@@ -282,6 +285,7 @@ vms:
       state: running
       job: null
       memory_mib: 256
+      memory_resident_mib: null
       vcpus: 1
       machine: pc-q35-10.0
       cpu: {mode: host-passthrough, model: null, features: [], migratable: true}

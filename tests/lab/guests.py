@@ -59,6 +59,7 @@ class Guest:
     before: str = ""  # what the host needs first, as a shell command
     modules: bool = False  # with the drivers of virtio-balloon and virtio-mem; kind tiny only
     remote_ram: bool = False  # its memory is a file on the remote_ram file system; driver qmp only
+    on: str = ""  # the host that it is started on, if not that of the others
 
     @property
     def uuid(self) -> str:
@@ -170,6 +171,12 @@ SETS = {
         Guest("one", "qmp", memory_mib=128, words=f"dirty.mib=56 dirty.rate=8 dirty.pattern=random {CALM}", remote_ram=True),
         Guest("two", "qmp", memory_mib=160, words=f"dirty.mib=88 dirty.rate=6 dirty.pattern=hot {CALM}", remote_ram=True),
     ),
+    # On two hosts; two with ordinary memory, and one that has it where they are to have it.
+    "onboard": (
+        Guest("one", "qmp", memory_mib=128, words=f"dirty.mib=32 dirty.rate=4 dirty.pattern=random {CALM}"),
+        Guest("there", "qmp", memory_mib=96, words=f"dirty.mib=16 dirty.rate=1 {CALM}", remote_ram=True),
+        Guest("two", "qmp", memory_mib=128, words=f"dirty.mib=32 dirty.rate=4 dirty.pattern=random {CALM}", on="hv2"),
+    ),
     "remote_slow": (
         Guest("one", "qmp", memory_mib=192, words=f"dirty.mib=16 dirty.bloat_mib=64 {SLOW}", remote_ram=True),
         Guest("two", "qmp", memory_mib=128, words=f"dirty.mib=16 dirty.bloat_mib=32 {SLOW}", remote_ram=True),
@@ -205,9 +212,11 @@ class Guests:
         self.destroy()
         self.prepare_hosts(any(guest.modules for guest in guests))
         # A whole Debian boots slowly beside busy guests on one emulated CPU: it goes first, and alone.
-        for batch in ([g for g in guests if g.kind == "valkey"], [g for g in guests if g.kind != "valkey"]):
-            if batch:
-                self._start(batch, host)
+        for place in dict.fromkeys(guest.on or host for guest in guests):
+            here = [guest for guest in guests if (guest.on or host) == place]
+            for batch in ([g for g in here if g.kind == "valkey"], [g for g in here if g.kind != "valkey"]):
+                if batch:
+                    self._start(batch, place)
 
     def _start(self, guests, host: str) -> None:
         script, domains, units = [], [], []

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from ansible_collections.hecaton.fleet.plugins.module_utils import _qmp_vms
 from ansible_collections.hecaton.fleet.plugins.module_utils._remote_ram import RemoteRamError
@@ -59,3 +61,11 @@ def test_memory_elsewhere_is_not_asked_for(ram):
 def test_a_file_that_is_gone_meanwhile_says_nothing(ram):
     ram["/r/a.ram"] = RemoteRamError("it is gone")
     assert _qmp_vms._arrival("/r/a.ram") == (False, 0)
+
+
+def test_what_a_process_holds_of_memory_is_told_without_its_programs():
+    held = _qmp_vms._resident(os.getpid())
+    more = bytearray(64 << 20)
+    more[::4096] = b"x" * len(more[::4096])
+    assert 60 << 20 < _qmp_vms._resident(os.getpid()) - held < 80 << 20
+    assert _qmp_vms._resident(1 << 30) is None

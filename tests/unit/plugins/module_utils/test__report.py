@@ -24,8 +24,8 @@ MOVED = {
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
-def report(plan=None, migrations=(), locations=None, **more) -> dict:
-    made = build(PLAN if plan is None else plan, list(migrations), locations or {}, "hv1", START, START + 10.5, **more)
+def report(plan=None, migrations=(), locations=None, host="hv1", **more) -> dict:
+    made = build(PLAN if plan is None else plan, list(migrations), locations or {}, host, START, START + 10.5, **more)
     VALIDATOR.validate(json.loads(dump(made)))
     return made
 
@@ -224,6 +224,36 @@ def test_schema_file_is_the_schema():
     file = Path(__file__).parents[4] / "docs" / "report.schema.json"
     assert file.read_text() == json.dumps(SCHEMA, indent=2) + "\n"
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+# --- Onto remote_ram ---
+
+def test_of_those_to_be_onboarded_who_stays_has_failed_and_who_was_skipped_has_not():
+    plan = {"source": None, "sources": ["hv1", "hv2"], "waves": [1, 1],
+            "moves": [{"vm": "web1", "from": "hv1", "to": "hv2", "onboard": True}, {"vm": "web2", "from": "hv2", "to": "hv1", "onboard": True}],
+            "skipped": [{"vm": "old", "from": "hv1", "reason": "its memory is there already"}]}
+    made = report(plan, [MOVED], {"web1": "hv2", "web2": "hv2", "old": "hv1", "other": "hv1"}, host="hypervisors", direction="onboard")
+    assert [(vm["name"], vm["result"], vm["from"], vm["to"], vm["onboarded"]) for vm in made["vms"]] == [
+        ("web1", "moved", "hv1", "hv2", True), ("web2", "failed", "hv2", "hv1", False), ("old", "skipped", "hv1", None, False)]
+    assert (made["failed"], made["empty"], made["freed_s"]) == (1, False, None)
+
+
+def test_what_others_move_meanwhile_is_not_onboarded():
+    plan = {"source": None, "sources": ["hv1", "hv3"], "waves": [1],
+            "moves": [{"vm": "web2", "from": "hv1", "to": "hv2", "onboard": True}],
+            "skipped": [{"vm": "web1", "from": "hv1", "reason": "it is libvirt's"}]}
+    failed = {**MOVED, "vm": "gone", "result": "failed"}
+    made = report(plan, [MOVED, failed], {"web1": "hv2", "web2": "hv3", "gone": "hv1"}, host="hypervisors", direction="onboard")
+    assert [(vm["name"], vm["result"], vm["reason"], vm["onboarded"]) for vm in made["vms"]] == [
+        ("web2", "failed", "is on hv3, where no migration of this run brought it: its memory is as it was", False),
+        ("web1", "skipped", "it is libvirt's; it is on hv2 now", False)]
+
+
+def test_all_onboarded_is_told_with_the_time_of_the_last():
+    plan = {"source": "hv1", "sources": ["hv1"], "waves": [1], "moves": [{"vm": "web1", "from": "hv1", "to": "hv2", "onboard": True}]}
+    made = report(plan, [MOVED], {"web1": "hv2", "stays": "hv1"}, direction="onboard")
+    assert (made["failed"], made["empty"]) == (0, False)
+    assert made["freed_s"] == made["vms"][0]["finished_s"] is not None
 
 
 # --- The way back ---

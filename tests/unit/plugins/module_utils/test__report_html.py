@@ -182,6 +182,18 @@ def test_the_page_of_a_return_says_so():
     assert "Return to hv1" in said and "1 VM returned to hv1 , 1 did not" in said and "evacuation" not in said.lower()
 
 
+def test_the_page_of_an_onboarding_says_so():
+    plan = {"source": None, "waves": [1, 1], "moves": [move("web1", onboard=True), move("web2", **{"from": "hv2", "to": "hv1"}, onboard=True)],
+            "skipped": [{"vm": "old", "from": "hv1", "reason": "its memory is there already"}],
+            "hosts": [{"name": "hv1", "incoming": 1}, {"name": "hv2", "incoming": 1}]}  # fmt: skip
+    places = {"web1": "hv2", "web2": "hv2", "old": "hv1"}
+    said = render(plan, [migration("web1")], places, direction="onboard")[0].text
+    assert "Onboarding of VMs of hv1" in said and "1 VM onboarded on hv1 , 1 not" in said and "evacuation" not in said.lower()
+    assert "empty" not in said and "It took" in said
+    said = render(plan, [], {**places, "web1": "hv1"}, direction="onboard", check=True)[0].text
+    assert "2 VMs would be onboarded on hv1" in said and ", 1 would stay" not in said
+
+
 def test_pages_by_cause():
     counted = {"pages_ahead": 13239, "pages_demand": 137, "pages_bubble": 10937, "pages_background": 3732, "wait_ns_max": 35522315,
                "wait_hist": [0] * 11 + [60, 35, 5] + [0] * 18}  # fmt: skip

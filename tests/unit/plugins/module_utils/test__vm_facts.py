@@ -20,8 +20,8 @@ none /run/remote_ram remote_ram rw 0 0
 hugetlbfs /dev/hugepages hugetlbfs rw 0 0
 """
 FIELDS = [
-    "name", "uuid", "driver", "state", "job", "memory_mib", "vcpus", "machine", "cpu", "disks", "host_devices", "memory_backend", "dirty_rate_mib_s",
-    "dirty_rate_error", "networks", "groups", "migration", "blockers", "engines", "onboarding", "notes",
+    "name", "uuid", "driver", "state", "job", "memory_mib", "memory_resident_mib", "vcpus", "machine", "cpu", "disks", "host_devices", "memory_backend",
+    "dirty_rate_mib_s", "dirty_rate_error", "networks", "groups", "migration", "blockers", "engines", "onboarding", "notes",
 ]  # fmt: skip
 
 
@@ -344,6 +344,11 @@ def test_the_facts_of_a_qemu():
 def test_what_qemus_states_mean(status, migrate, state, job, code):
     vm = qmp(**{"query-status": {"status": status}, "query-migrate": migrate})
     assert (vm["state"], vm["job"], codes(vm["blockers"])) == (state, job, [code] if code else [])
+
+
+@pytest.mark.parametrize(("resident", "mib"), [(None, None), (200 << 20, 200), (500 << 20, 384)])
+def test_what_a_vm_holds_of_its_memory_is_no_more_than_that(resident, mib):
+    assert qmp(resident=resident)["memory_resident_mib"] == mib
 
 
 def test_a_vm_whose_memory_the_kernel_module_still_fetches_can_not_leave():

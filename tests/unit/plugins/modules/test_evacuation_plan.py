@@ -123,7 +123,9 @@ def test_the_documentation_and_the_argument_spec_agree():
 
 def test_the_plan_returned_is_the_plan_documented(capsys):
     documented = yaml.safe_load(evacuation_plan.RETURN)["plan"]["contains"]
+    walked = run(capsys, facts=FLEET, walk=True)[1]["plan"]
+    assert sorted(documented) == sorted(walked)
     _failed, result = run(capsys, facts=FLEET, source="hv1")
-    assert sorted(documented) == sorted(result["plan"])
-    assert sorted(documented["moves"]["contains"]) == sorted(result["plan"]["moves"][0])
+    assert sorted(set(documented) - {"waves"}) == sorted(result["plan"])
+    assert sorted(set(documented["moves"]["contains"]) - {"wave"}) == sorted(result["plan"]["moves"][0])
     assert sorted(documented["hosts"]["contains"]) == sorted(result["plan"]["hosts"][0])
