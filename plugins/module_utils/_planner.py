@@ -939,6 +939,19 @@ def make_plan(facts, options):
     return _Planner(Fleet(facts), options).plan()
 
 
+def check_pins(options, hosts):
+    """Raises PlanError when a VM is pinned to a host that is none."""
+    for vm, host in options.pinned.items():
+        if host is not None and host not in hosts:
+            raise PlanError(f"pinned: {vm} is pinned to {host!r}, which is none of the hosts: {_list_of(sorted(hosts))}")
+
+
+def strangers(options, names, known):
+    """A warning for each of the options with these names that speaks of VMs that are not known."""
+    found = {name: [vm for vm in getattr(options, name) or () if vm not in known] for name in names}
+    return [f"{name} names {_list_of(vms)}, but no VM has that name" for name, vms in found.items() if vms]
+
+
 class _Planner:
     """One pass: choose hosts, sort VMs into moving, blocked and skipped, place the moving ones, schedule them."""
 
@@ -978,9 +991,7 @@ class _Planner:
                 raise PlanError(f"unknown source host {name!r}: the facts are of {_list_of(sorted(hosts)) or 'no host at all'}")
             if hosts[name].kind is None:
                 raise PlanError(f"source host {name} is {hosts[name].reason}: nothing can be moved away from it")
-        for vm, host in options.pinned.items():
-            if host is not None and host not in hosts:
-                raise PlanError(f"pinned: {vm} is pinned to {host!r}, which is none of the hosts: {_list_of(sorted(hosts))}")
+        check_pins(options, hosts)
         return [hosts[name] for name in dict.fromkeys(names)]
 
     def _find_destinations(self):
@@ -1090,10 +1101,7 @@ class _Planner:
             self.skipped.append(entry)
             if not where:
                 self.warnings.append(f"{name} should move, but is on none of the hosts")
-        for option in ("exclude", "pinned"):
-            strangers = [name for name in getattr(self.options, option) if name not in self.by_name]
-            if strangers:
-                self.warnings.append(f"{option} names {_list_of(strangers)}, but no VM has that name")
+        self.warnings += strangers(self.options, ("exclude", "pinned"), self.by_name)
 
     def _find_blockers(self, vm):
         """Everything that can be said of one VM without a look at the others."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 
-from ansible_collections.hecaton.fleet.plugins.module_utils._planner import ONBOARDED, Fleet, PlanError, make_plan
+from ansible_collections.hecaton.fleet.plugins.module_utils._planner import ONBOARDED, Fleet, PlanError, check_pins, make_plan, strangers
 
 
 def make_walk(facts, options):
@@ -57,13 +57,8 @@ class _Walk:
             for name in getattr(self.options, option) or ():
                 if name not in self.entries:
                     raise PlanError(f"unknown {option[:-1]} host {name!r}: the facts are of {', '.join(sorted(self.entries)) or 'no host at all'}")
-        for vm, pin in self.options.pinned.items():
-            if pin is not None and pin not in self.entries:
-                raise PlanError(f"pinned: {vm} is pinned to {pin!r}, which is none of the hosts: {', '.join(sorted(self.entries))}")
-        for option in ("exclude", "pinned", "vms"):
-            strangers = [name for name in getattr(self.options, option) or () if name not in self.by_name]
-            if strangers:
-                self.warnings.append(f"{option} names {', '.join(strangers)}, but no VM has that name")
+        check_pins(self.options, self.entries)
+        self.warnings += strangers(self.options, ("exclude", "pinned", "vms"), self.by_name)
 
     def _find_sources(self):
         found = []
